@@ -1,0 +1,1 @@
+"""The scheduler's core: plain Python, events in, values out, time as an argument."""
