@@ -82,3 +82,7 @@ class Runner(Protocol):
         means that nothing of the step may be used.
         """
         ...
+
+    def check_device(self) -> None:
+        """Compute something that cannot fail; raises when the device does not work any more."""
+        ...

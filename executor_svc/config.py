@@ -1,0 +1,65 @@
+"""What an operator can set on an executor."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorConfig:
+    """Settings of one executor process; the command line has a flag for each."""
+
+    model: str
+    """Serving folder of the model, as `paceline prepare` makes it, or `fake`."""
+
+    scheduler: str = "127.0.0.1:50051"
+    """Address of the scheduler to join: `host:port` or `unix:/path`."""
+
+    listen: str = "127.0.0.1:0"
+    """Address to serve on: `host:port` (port 0 picks one) or `unix:/path`."""
+
+    advertise: str = ""
+    """Address at which the scheduler reaches this executor. Empty: the address it listens on."""
+
+    executor_id: str = ""
+    """Name in the fleet. Empty: host name and process id."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one."""
+
+    dtype: str = "auto"
+    """Type of weights and cache: `float32`, `bfloat16`, `float16`. `auto`: bfloat16 where the device computes in it,
+    else float32."""
+
+    threads: int = 0
+    """CPU threads for the model. 0: all cores that the process may use, but one where these are more than two."""
+
+    block_size: int = 16
+    """Tokens of one cache block, a power of two."""
+
+    cache_memory_bytes: int = 0
+    """Memory for keys and values. 0: measured; on a GPU what `memory_utilization` leaves, on a CPU a quarter of the
+    memory that is available, at most 4 GiB."""
+
+    memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, cache and the largest step may use together."""
+
+    max_model_len: int = 0
+    """Tokens of prompt and output together that one request may have. 0: what the model was made for."""
+
+    max_num_seqs: int = 64
+    """Requests that may run at once."""
+
+    max_num_batched_tokens: int = 512
+    """Tokens that one step may compute, at least `max_num_seqs`. Larger steps read prompts faster and make
+    everybody else's next token wait longer."""
+
+    drain_timeout_s: float = 30.0
+    """How long running requests may still finish here after a stop signal, before they resume elsewhere."""
+
+    fake_step_us: float = 1000.0
+    """`--model fake`: time of a step that computes nothing."""
+
+    fake_token_us: float = 5.0
+    """`--model fake`: time that each token adds to its step."""
+
+    fake_block_count: int = 4096
+    """`--model fake`: blocks in the cache."""

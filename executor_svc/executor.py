@@ -1,0 +1,166 @@
+"""The executor: runs plans, one after the other, on a runner."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor_svc.batch import IntArray, Runner, StepOutput
+from executor_svc.slots import PlanError, Slots
+from paceline.internal.v1 import executor_pb2 as pb
+
+__all__ = ["BrokenDeviceError", "Executor", "PlanError"]
+
+
+class BrokenDeviceError(Exception):
+    """The device computes nothing any more; only a new process can help."""
+
+
+@dataclass(slots=True)
+class _Computed:
+    """What came of the rows of a step, in parts where the whole of it failed."""
+
+    token_ids: IntArray  # [slots] by slot; -1 where nothing was sampled
+    failures: dict[int, str] = field(default_factory=dict)  # slot -> what went wrong
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class Executor:
+    """Keeps the slots in step with the scheduler and runs what each plan asks for.
+
+    Not safe for threads: everything is called from the one thread that runs the model.
+    """
+
+    def __init__(self, runner: Runner, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Start with all slots empty."""
+        self._runner = runner
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every slot: a new attachment starts. The next plan has step 1."""
+        self._slots = Slots(self._runner.info)
+        self._step = 0
+
+    def execute(self, plan: pb.Plan) -> pb.StepResult:
+        """Run one plan.
+
+        Raises `PlanError` when it contradicts what is known here, and `BrokenDeviceError` when nothing can be
+        computed any more. A row that fails by itself is reported in the result; the others go on.
+        """
+        started_at = self._clock()
+        slots = self._slots
+        if plan.step != self._step + 1:
+            raise PlanError(f"plan of step {plan.step}, but step {self._step + 1} is next")
+        self._take_changes(plan)
+        chunk_slots = _array(plan.chunk_slots, "<u2")
+        rows, lengths, samples = self._rows(chunk_slots, _array(plan.chunk_token_counts, "<u4"))
+        if int(samples.sum()) != plan.sampling_row_count:
+            raise PlanError(
+                f"step {plan.step} samples {plan.sampling_row_count} rows by the scheduler's count, "
+                f"{samples.sum()} by the executor's"
+            )
+        active = ~slots.halted[rows]
+        slots.check_fits(rows[active], lengths[active])
+        prepared_at = self._clock()
+        computed = self._compute(rows[active], lengths[active], samples[active])
+        self._step = plan.step
+        slots.computed[rows[active]] += lengths[active]
+        slots.decoding[rows[samples]] = True
+        sampled = rows[samples]
+        slots.halted[list(computed.failures)] = True
+        tokens = computed.token_ids[sampled]
+        slots.record(sampled[tokens >= 0], tokens[tokens >= 0])
+        return pb.StepResult(
+            step=plan.step,
+            token_ids=tokens.astype("<i4").tobytes(),
+            errors=[pb.SlotError(slot=slot, message=message) for slot, message in sorted(computed.failures.items())],
+            timings=pb.Timings(
+                prepare_us=_microseconds(prepared_at - started_at),
+                forward_us=_microseconds(computed.forward_s),
+                sample_us=_microseconds(computed.sample_s),
+            ),
+        )
+
+    def _take_changes(self, plan: pb.Plan) -> None:
+        """Take in what the plan changes, in the order in which its fields take effect."""
+        if plan.dropped_slots:
+            self._slots.drop(_array(plan.dropped_slots, "<u2"))
+        for request in plan.new_requests:
+            self._slots.start(request)
+        if plan.appended_slots:
+            self._slots.append_blocks(_array(plan.appended_slots, "<u2"), _array(plan.appended_block_ids, "<u4"))
+        if plan.paused_slots:
+            self._slots.pause(_array(plan.paused_slots, "<u2"))
+
+    def _rows(self, chunk_slots: IntArray, counts: IntArray) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
+        """The slots of this step in ascending order, how many tokens each computes, and whether it samples."""
+        slots = self._slots
+        decoding = np.flatnonzero(slots.decoding)
+        if not len(chunk_slots):
+            return decoding, np.ones(len(decoding), dtype=np.int64), np.ones(len(decoding), dtype=bool)
+        if len(counts) != len(chunk_slots) or counts.min() < 1:
+            raise PlanError(f"{len(chunk_slots)} chunks have the token counts {counts.tolist()}")
+        if not slots.occupied[chunk_slots].all() or slots.decoding[chunk_slots].any():
+            raise PlanError(f"of the chunks in slots {chunk_slots.tolist()} one is for a slot that is not catching up")
+        missing = np.array([len(slots.known[slot]) for slot in chunk_slots.tolist()]) - slots.computed[chunk_slots]
+        if (counts > missing).any():
+            raise PlanError(f"chunks of {counts.tolist()} tokens, but only {missing.tolist()} are known")
+        rows = np.concatenate((decoding, chunk_slots))
+        order = np.argsort(rows, kind="stable")
+        lengths = np.concatenate((np.ones(len(decoding), dtype=np.int64), counts))[order]
+        samples = np.concatenate((np.ones(len(decoding), dtype=bool), counts == missing))[order]
+        return rows[order], lengths, samples
+
+    def _compute(self, rows: IntArray, lengths: IntArray, samples: NDArray[np.bool_]) -> _Computed:
+        """Run the rows; where they fail together, halves of them, until the rows that fail by themselves are found.
+
+        Running a row again writes the same values to the same positions.
+        """
+        computed = _Computed(np.full(self._runner.info.slot_count, -1, dtype=np.int64))
+        self._compute_part(rows, lengths, samples, computed)
+        if computed.failures:
+            self._check_device(computed.failures)
+        return computed
+
+    def _check_device(self, failures: dict[int, str]) -> None:
+        """Tell rows that fail by themselves from a device that fails every row."""
+        try:
+            self._runner.check_device()
+        except Exception as error:
+            reasons = "; ".join(failures.values())
+            raise BrokenDeviceError(f"the device fails by itself ({_describe(error)}) after: {reasons}") from error
+
+    def _compute_part(self, rows: IntArray, lengths: IntArray, samples: NDArray[np.bool_], computed: _Computed) -> None:
+        if not len(rows):
+            return
+        try:
+            output: StepOutput = self._runner.run(self._slots.batch(rows, lengths, samples))
+        except Exception as error:  # noqa: BLE001  whatever a row does to the model must not reach the others
+            if len(rows) == 1:
+                slot = int(rows[0])
+                computed.failures[slot] = f"request '{self._slots.request_ids[slot]}' failed: {_describe(error)}"
+                return
+            half = len(rows) // 2
+            self._compute_part(rows[:half], lengths[:half], samples[:half], computed)
+            self._compute_part(rows[half:], lengths[half:], samples[half:], computed)
+            return
+        computed.token_ids[rows[samples]] = output.token_ids
+        computed.forward_s += output.forward_s
+        computed.sample_s += output.sample_s
+
+
+def _array(data: bytes, dtype: str) -> IntArray:
+    return np.frombuffer(data, dtype=dtype).astype(np.int64)
+
+
+def _microseconds(seconds: float) -> int:
+    return min(round(seconds * 1e6), 0xFFFFFFFF)
+
+
+def _describe(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

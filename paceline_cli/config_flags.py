@@ -1,0 +1,137 @@
+"""The flags of the services' configurations.
+
+A configuration dataclass says which settings there are and what they default to; the table here says how each looks on
+the command line. A command that takes them is decorated with `takes_settings` and receives one mapping.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from paceline_cli.sizes import parse_size
+
+Settings = dict[str, Any]  # field name of a configuration -> value
+
+_MODEL = "Model and memory"
+_LIMITS = "Limits"
+_NETWORK = "Network"
+_TIMES = "Time-outs"
+_FAKE = "Without a model (MODEL is 'fake')"
+
+
+def _flag(name: str, panel: str, text: str, **more: Any) -> Any:
+    """The option of one setting. `--max-model-len` is also read from `PACELINE_MAX_MODEL_LEN`."""
+    envvar = "PACELINE_" + name.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(name, help=text, envvar=envvar, rich_help_panel=panel, **more)
+
+
+def _seconds(name: str, text: str) -> Any:
+    return _flag(name, _TIMES, text, metavar="SECONDS", min=0)
+
+
+# By field name, in the order of the help.
+_FLAGS = {
+    "served_model_name": _flag("--served-model-name", _MODEL, "Name under which users ask for the model."),
+    "device": _flag("--device", _MODEL, "cpu, cuda, cuda:1 …; auto takes a GPU where there is one."),
+    "dtype": _flag("--dtype", _MODEL, "float32, bfloat16 or float16; auto suits the device."),
+    "threads": _flag("--threads", _MODEL, "CPU threads of one executor; 0 lets it choose.", min=0),
+    "max_model_len": _flag("--max-model-len", _MODEL, "Tokens of prompt and output together; 0: the model's.", min=0),
+    "block_size": _flag("--block-size", _MODEL, "Tokens of one cache block, a power of two.", min=1),
+    "cache_memory_bytes": _flag(
+        "--cache-memory", _MODEL, "Memory for keys and values, as 2GiB; 0: measured.", metavar="SIZE", parser=parse_size
+    ),
+    "memory_utilization": _flag(
+        "--gpu-memory-utilization", _MODEL, "Share of a GPU's memory that may be used in all.", min=0.05, max=1.0
+    ),
+    "max_num_seqs": _flag("--max-num-seqs", _LIMITS, "Requests that run at once on one executor.", min=1),
+    "max_num_batched_tokens": _flag(
+        "--max-num-batched-tokens", _LIMITS, "Tokens that one step may compute; more reads prompts faster.", min=1
+    ),
+    "max_waiting_requests": _flag("--max-waiting-requests", _LIMITS, "Requests that may wait in the queue.", min=1),
+    "max_waiting_tokens": _flag("--max-waiting-tokens", _LIMITS, "Prompt tokens that may wait in the queue.", min=1),
+    "max_prompt_bytes": _flag(
+        "--max-prompt-bytes", _LIMITS, "Largest text prompt, as 4MiB.", metavar="SIZE", parser=parse_size
+    ),
+    "scheduler": _flag("--scheduler", _NETWORK, "Scheduler to join: host:port or unix:/path.", metavar="ADDRESS"),
+    "listen": _flag("--listen", _NETWORK, "Address to serve on: host:port or unix:/path.", metavar="ADDRESS"),
+    "advertise": _flag(
+        "--advertise", _NETWORK, "Address at which the scheduler reaches this executor.", metavar="ADDRESS"
+    ),
+    "executor_id": _flag("--executor-id", _NETWORK, "Name in the fleet; keep it over restarts."),
+    "lease_s": _seconds("--lease", "Silence after which an executor counts as lost."),
+    "step_timeout_s": _seconds("--step-timeout", "Least time after which a step counts as wedged."),
+    "drain_timeout_s": _seconds("--drain-timeout", "How long running requests may still finish after a stop."),
+    "fake_step_us": _flag("--fake-step-us", _FAKE, "Microseconds of a step that computes nothing.", min=0),
+    "fake_token_us": _flag("--fake-token-us", _FAKE, "Microseconds that each token adds to its step.", min=0),
+    "fake_block_count": _flag("--fake-block-count", _FAKE, "Blocks in the cache.", min=1),
+}
+
+
+def takes_settings(
+    *configs: type, without: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command a flag for each setting of `configs` but those in `without`; it gets them as `settings`."""
+    wanted = _settings_of(configs, {"model", *without})
+    flags = [_parameter(name, *wanted[name]) for name in sorted(wanted, key=list(_FLAGS).index)]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(command, eval_str=True)
+        own_parameters = [parameter for name, parameter in own.parameters.items() if name != "settings"]
+
+        def with_settings(**values: Any) -> Any:
+            settings = {name: values.pop(name) for name in wanted}
+            if "listen" in settings and not isinstance(settings["listen"], str):
+                settings["listen"] = tuple(settings["listen"])
+            return command(**values, settings=settings)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own_parameters, *flags)]
+        with_settings.__doc__ = command.__doc__
+        with_settings.__name__ = command.__name__
+        with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_settings.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_settings
+
+    return decorate
+
+
+def flags_for(config: Any) -> list[str]:
+    """The command line that makes this configuration again, but for the model."""
+    words = []
+    for setting in fields(config):
+        if setting.name == "model":
+            continue
+        value = getattr(config, setting.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [_FLAGS[setting.name].param_decls[0], str(one)]
+    return words
+
+
+def _settings_of(configs: Collection[type], without: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each setting, by name; the first configuration that has it decides."""
+    wanted: dict[str, tuple[Any, Any]] = {}
+    for config in configs:
+        types = get_type_hints(config)
+        for setting in fields(config):
+            if setting.name not in without:
+                wanted.setdefault(setting.name, (types[setting.name], _default_of(setting)))
+    return wanted
+
+
+def _default_of(setting: Field[Any]) -> Any:
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return setting.default
+
+
+def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    """The parameter of a typer command for one setting."""
+    if isinstance(default, tuple):
+        kind, default = list[str], list(default)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, _FLAGS[name]]
+    )

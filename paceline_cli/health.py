@@ -1,0 +1,49 @@
+"""`paceline health`: is the server there and taking requests? Container healthchecks call it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from paceline_cli import terminal
+from paceline_cli.errors import CommandError, ExitCode
+
+SERVING = "SERVING"
+
+
+def health(
+    address: Annotated[str, typer.Argument(help="host:port or unix:/path.", envvar="PACELINE_SERVER")] = "localhost:50051",
+    service: Annotated[
+        str, typer.Option(help="Ask about one gRPC service only.", envvar="PACELINE_HEALTH_SERVICE")
+    ] = "",
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for an answer.", min=0.1, envvar="PACELINE_HEALTH_TIMEOUT")
+    ] = 3.0,
+) -> None:
+    """Ask a scheduler or an executor how it is (grpc.health.v1); exit code 0 if it serves, 3 if not.
+
+    [dim]$[/] paceline health localhost:50051
+    """
+    status = check_health(address, service, timeout)
+    if status != SERVING:
+        raise CommandError(f"{address} is {status}", exit_code=ExitCode.UNREACHABLE)
+    terminal.stdout().print(f"[green]{status}[/]")
+
+
+def check_health(address: str, service: str = "", timeout_s: float = 3.0) -> str:
+    """The serving status at `address` in words; raises `CommandError` when nobody answers."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise CommandError(
+                f"no healthy answer from {address}: {error.details()}",
+                "is the server running, and is this its address?",
+                exit_code=ExitCode.UNREACHABLE,
+            ) from error
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

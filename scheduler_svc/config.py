@@ -1,0 +1,36 @@
+"""What an operator can set on a scheduler."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Settings of one scheduler process; the command line has a flag for each."""
+
+    model: str
+    """Serving folder of the model, as `paceline prepare` makes it, or `fake`."""
+
+    listen: tuple[str, ...] = ("127.0.0.1:50051",)
+    """Addresses to serve on: `host:port` (port 0 picks one) or `unix:/path`."""
+
+    served_model_name: str = ""
+    """Name under which users ask for the model. Empty: the folder's own name."""
+
+    max_waiting_requests: int = 2048
+    """Accepted requests that may wait for an executor; one more is answered with `RESOURCE_EXHAUSTED`."""
+
+    max_waiting_tokens: int = 4_194_304
+    """Prompt tokens of all waiting requests together; beyond it too the answer is `RESOURCE_EXHAUSTED`."""
+
+    max_prompt_bytes: int = 4 * 1024 * 1024
+    """Largest text prompt that is tokenized at all."""
+
+    lease_s: float = 5.0
+    """Silence after which an executor counts as lost."""
+
+    step_timeout_s: float = 30.0
+    """Least time after which a step without a result counts as a wedged device; the limit is 20 times the expected
+    step time where that is longer."""
+
+    drain_timeout_s: float = 30.0
+    """How long running requests may still finish after a stop signal."""

@@ -1,0 +1,71 @@
+"""Plans to bytes, results from bytes: the core's values on the step stream."""
+
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+
+from paceline.internal.v1 import executor_pb2 as pb
+from scheduler_svc.core.plan import NewRequest, Plan, Result
+from scheduler_svc.core.request import TraceContext
+
+
+def encode_plan(plan: Plan) -> pb.Plan:
+    """Put a plan into its message; nothing is written for a request that goes on decoding."""
+    message = pb.Plan(step=plan.step, sampling_row_count=len(plan.rows))
+    if plan.dropped_slots:
+        message.dropped_slots = _uint16(plan.dropped_slots)
+    if plan.paused_slots:
+        message.paused_slots = _uint16(plan.paused_slots)
+    if plan.appended:
+        message.appended_slots = _uint16(slot for slot, _ in plan.appended)
+        message.appended_block_ids = _uint32(block for _, block in plan.appended)
+    if plan.chunks:
+        message.chunk_slots = _uint16(chunk.slot for chunk in plan.chunks)
+        message.chunk_token_counts = _uint32(chunk.count for chunk in plan.chunks)
+    if plan.new_requests:
+        message.new_requests.extend(_encode_new_request(request) for request in plan.new_requests)
+    return message
+
+
+def decode_result(message: pb.StepResult) -> Result:
+    """Read a result out of its message."""
+    errors = {error.slot: error.message for error in message.errors} if message.errors else {}
+    return Result(message.step, np.frombuffer(message.token_ids, dtype="<i4").tolist(), errors)
+
+
+def encode_trace(trace: TraceContext | None) -> pb.TraceContext | None:
+    """Put a trace context into its message."""
+    return trace and pb.TraceContext(trace_id=trace.trace_id, span_id=trace.span_id, flags=trace.flags)
+
+
+def _encode_new_request(request: NewRequest) -> pb.NewRequest:
+    sampling = request.sampling
+    return pb.NewRequest(
+        slot=request.slot,
+        request_id=request.request_id,
+        attempt=request.attempt,
+        token_ids=_uint32(request.token_ids),
+        output_count=request.output_count,
+        block_tables=[_uint32(request.block_ids)],
+        sampling=pb.Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+        ),
+        stop_token_ids=_uint32(sorted(request.stop_token_ids)),
+        max_output_count=request.max_output_count,
+        trace=encode_trace(request.trace),
+    )
+
+
+def _uint16(values: Iterable[int]) -> bytes:
+    return np.fromiter(values, dtype="<u2").tobytes()
+
+
+def _uint32(values: Iterable[int]) -> bytes:
+    return (
+        np.array(values, dtype="<u4").tobytes() if isinstance(values, array) else np.fromiter(values, "<u4").tobytes()
+    )
