@@ -8,9 +8,12 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from executor_svc.batch import IntArray, RunnerInfo, StepBatch, StepOutput
 from executor_svc.config import ExecutorConfig
+
+Hashes = NDArray[np.uint64]
 
 FINGERPRINT = "fake"
 VOCABULARY_SIZE = 257  # the bytes, and an end token that never comes by itself
@@ -86,16 +89,18 @@ def next_token(token_ids: Sequence[int], seed: int | None = None, output_index: 
     return _FIRST_TOKEN + int(_mix(hashes)[0] % np.uint64(_TOKEN_COUNT))
 
 
-def _hash_contexts(contexts: IntArray, lengths: IntArray) -> np.ndarray:
+def _hash_contexts(contexts: IntArray, lengths: IntArray) -> Hashes:
     """Hash each row's first `lengths` tokens: a sum over positions of mixed (position, token) pairs."""
     positions = np.arange(contexts.shape[1], dtype=np.uint64)
     terms = _mix(contexts.astype(np.uint64) + (positions << np.uint64(20)))
-    return np.where(positions < lengths[:, None].astype(np.uint64), terms, np.uint64(0)).sum(axis=1, dtype=np.uint64)
+    counted: Hashes = np.where(positions < lengths[:, None].astype(np.uint64), terms, np.uint64(0))
+    return counted.sum(axis=1, dtype=np.uint64)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def _mix(values: Hashes) -> Hashes:
     """The finalizer of splitmix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: Hashes = values ^ (values >> np.uint64(31))
+    return mixed

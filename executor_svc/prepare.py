@@ -7,6 +7,7 @@ moment.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -42,7 +43,14 @@ _SHARD_SIZE = "4GB"
 
 # Keys that say where and with which release a file was written. Without them, two machines that prepare the same
 # model get the same fingerprint.
-_VOLATILE_KEYS = ("_name_or_path", "_model_name_or_path", "transformers_version", "is_local", "local_files_only")
+_VOLATILE_KEYS = (
+    "_from_model_config",
+    "_model_name_or_path",
+    "_name_or_path",
+    "is_local",
+    "local_files_only",
+    "transformers_version",
+)
 
 # Text whose tokens must survive the way into tokenizer.json: leading space, several bytes per character, an emoji
 # of several code points, white space, digits.
@@ -59,9 +67,11 @@ class _Source:
     write: Callable[[Path, Progress], None]  # fills a folder with everything but the manifest
 
 
-def prepare(
-    source: str, *, cache_home: Path | None = None, progress: Progress = lambda what, share: None
-) -> ServingFolder:
+def _silent(what: str, share: float) -> None:
+    """The progress that nobody looks at."""
+
+
+def prepare(source: str, *, cache_home: Path | None = None, progress: Progress = _silent) -> ServingFolder:
     """Give the serving folder of `source`, making it first where the cache has none.
 
     `source` is `smollm2` (the default model), a serving folder, a folder as on the Hugging Face hub, a `.gguf` file,
@@ -147,7 +157,7 @@ def _find_folder(folder: Path) -> _Source:
             ("config.json", (folder / "config.json").is_file()),
             ("weights (model.safetensors or pytorch_model.bin, whole or with an index)", has_weights),
             (
-                "a tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)",
+                "tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)",
                 any(
                     (folder / name).is_file()
                     for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -325,9 +335,14 @@ def _write_gguf(file: Path, model_name: str, folder: Path, progress: Progress) -
     with _quiet_transformers() as transformers, _reading(file):
         import torch
 
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar that no setting turns off
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
 
         progress("writing the weights", 0.6)
@@ -407,6 +422,8 @@ def _save_model(model: Any, folder: Path) -> None:
     if shutil.disk_usage(folder).free < byte_count:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, the weights need {byte_count / 1e6:.0f} MB")
     model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    for name in weight_names(folder):
+        (folder / name).chmod(0o644)  # safetensors makes them readable by their owner only
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -461,7 +478,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[Any]:
-    """Import transformers, with its progress bars off: ours say enough."""
+    """Import transformers, and keep its warnings and progress bars to ourselves: ours say enough."""
     import transformers
     from transformers.utils import logging
 

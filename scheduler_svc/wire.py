@@ -36,7 +36,9 @@ def decode_result(message: pb.StepResult) -> Result:
 
 def encode_trace(trace: TraceContext | None) -> pb.TraceContext | None:
     """Put a trace context into its message."""
-    return trace and pb.TraceContext(trace_id=trace.trace_id, span_id=trace.span_id, flags=trace.flags)
+    if trace is None:
+        return None
+    return pb.TraceContext(trace_id=trace.trace_id, span_id=trace.span_id, flags=trace.flags)
 
 
 def _encode_new_request(request: NewRequest) -> pb.NewRequest:

@@ -70,7 +70,8 @@ class Request:
     # Kept by the scheduler:
     state: RequestState = RequestState.WAITING
     arrival: int = -1  # order of admission; the smaller, the older
-    attempt: int = 0  # which placement this is; 0 before the first
+    attempt: int = 0  # which placement this is, counted over all requests; 0 before the first
+    placement_count: int = 0  # how often it was placed
     executor: Executor | None = None  # where it runs; None unless RUNNING
     slot: int = -1  # its number there; -1 unless RUNNING
     computed_count: int = 0  # token_ids[:computed_count] have keys and values in the cache, by the results so far

@@ -166,6 +166,7 @@ class Scheduler:
             self._waiting.pop()
             self._attempt_count += 1
             request.attempt = self._attempt_count
+            request.placement_count += 1
             request.state = RequestState.RUNNING
             request.placed_at = now if request.placed_at is None else request.placed_at
             min(candidates, key=Executor.work_ahead).start(request)

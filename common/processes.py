@@ -1,0 +1,32 @@
+"""What every service process does around its work: an event loop, stop signals, a release number."""
+
+import asyncio
+import importlib.metadata
+import signal
+from collections.abc import Coroutine
+from typing import TypeVar
+
+PROTOCOL_VERSION = 1
+"""Version of `paceline.internal.v1` that this release speaks."""
+
+RELEASE = importlib.metadata.version("paceline-server")
+
+T = TypeVar("T")
+
+
+def run_loop(main: Coroutine[None, None, T]) -> T:
+    """Run `main` on uvloop where there is one, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+def stop_event() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT sets: the process should drain."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    return event

@@ -1,0 +1,88 @@
+"""The executor's place in the fleet: joins, renews the lease, says when it wants to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc
+import structlog
+
+from common.grpc_servers import open_channel
+from common.processes import PROTOCOL_VERSION, RELEASE
+from executor_svc.batch import RunnerInfo
+from paceline.v1 import fleet_pb2, fleet_pb2_grpc
+
+log = structlog.get_logger()
+
+_FINAL = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+_RETRY_S = 0.5
+_CALL_TIMEOUT_S = 2.0
+
+
+class RefusedError(Exception):
+    """The scheduler will never take this executor as it is."""
+
+
+class Membership:
+    """Keeps calling `Join`, from the event loop, which never runs the model."""
+
+    def __init__(self, scheduler: str, executor_id: str, incarnation: int, address: str, info: RunnerInfo) -> None:
+        """Prepare to join the fleet of the scheduler at `scheduler`."""
+        self._scheduler = scheduler
+        self._request = fleet_pb2.JoinRequest(
+            executor_id=executor_id,
+            incarnation=incarnation,
+            address=address,
+            protocol_version=PROTOCOL_VERSION,
+            release=RELEASE,
+            model=fleet_pb2.ExecutorModel(
+                name=info.name,
+                fingerprint=info.fingerprint,
+                context_length=info.context_length,
+                vocabulary_size=info.vocabulary_size,
+                end_token_ids=info.end_token_ids,
+                dtype=info.dtype,
+                mode=info.mode,
+            ),
+            capacity=fleet_pb2.ExecutorCapacity(
+                block_size=info.block_size,
+                block_count=info.block_count,
+                slot_count=info.slot_count,
+                step_token_count=info.step_token_count,
+                cache_bytes=info.cache_bytes,
+            ),
+        )
+        self.joined = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    def leave(self) -> None:
+        """Say with the next call, which goes out at once, that this executor takes nothing new."""
+        self._request.draining = True
+        self._changed.set()
+
+    async def keep(self) -> None:
+        """Join and renew until cancelled. Raises `RefusedError` when the scheduler will never take this executor."""
+        async with open_channel(self._scheduler) as channel:
+            stub = fleet_pb2_grpc.FleetServiceStub(channel)
+            while True:
+                self._changed.clear()
+                pause_s = await self._call(stub)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), pause_s)
+
+    async def _call(self, stub: fleet_pb2_grpc.FleetServiceAsyncStub) -> float:
+        """Make one call; returns the seconds until the next."""
+        try:
+            response = await stub.Join(self._request, timeout=_CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in _FINAL:
+                raise RefusedError(error.details()) from error
+            if self.joined.is_set():
+                log.warning("scheduler does not answer", address=self._scheduler, reason=error.details())
+            self.joined.clear()
+            return _RETRY_S
+        if not self.joined.is_set():
+            log.info("joined", scheduler=self._scheduler, lease_ms=response.lease_ms)
+            self.joined.set()
+        return response.lease_ms / 1000 / 3

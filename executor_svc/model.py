@@ -1,0 +1,224 @@
+"""Loading a serving folder: which device and type, which limits, and whether the model can be served at all."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from common.serving_folder import ServingFolder, ServingFolderError
+from executor_svc.attention.backend import AttentionBackend
+from executor_svc.attention.hook import ATTENTION_NAME
+from executor_svc.packed_model import PackedModel, UnpackableError
+from executor_svc.self_test import check_packed, plain_logits
+
+_T = TypeVar("_T")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}  # what packed mode can mask
+
+
+class ModelError(ValueError):
+    """A model cannot be served as asked; the message names the reason and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that passed its self-test, and what its files say about it."""
+
+    packed: PackedModel
+    model_name: str
+    fingerprint: str
+    context_length: int
+    end_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def load_model(
+    path: str, device: torch.device, dtype: torch.dtype, backend: AttentionBackend, max_model_len: int = 0
+) -> LoadedModel:
+    """Load the serving folder at `path` and prove that packed mode computes what the model computes.
+
+    Raises:
+        ModelError: the folder, the model or `max_model_len` is not fit to serve.
+    """
+    try:
+        folder = ServingFolder.open(path)
+    except ServingFolderError as error:
+        raise ModelError(str(error)) from error
+    config = _load_config(folder.path)
+    context_length = context_length_of(config.get_text_config(), max_model_len)
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=dtype,
+            attn_implementation="eager",  # the oracle of the self-test
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    model = model.to(device).eval()
+    return LoadedModel(
+        packed=_packed(model, dtype, backend),
+        model_name=folder.model_name,
+        fingerprint=folder.fingerprint,
+        context_length=context_length,
+        end_token_ids=_end_token_ids(folder.path, config.get_text_config()),
+        dtype=dtype,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` means: `auto` takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ModelError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name!r} is not there: this process sees {torch.cuda.device_count()} GPUs; "
+            "use device 'auto' or 'cpu', or install a CUDA build of torch"
+        )
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that `name` means: `auto` is bfloat16 where the device computes in it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    if name not in _DTYPES:
+        raise ModelError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, got {name!r}")
+    return _DTYPES[name]
+
+
+def context_length_of(config: Any, max_model_len: int = 0) -> int:
+    """Tokens of prompt and output together that the model handles, at most `max_model_len` unless that is 0."""
+    limit, reason = _position_limit(config)
+    if not limit and not max_model_len:
+        raise ModelError(f"the configuration of {config.model_type!r} names no context length; set max_model_len")
+    if limit and max_model_len > limit:
+        raise ModelError(f"max_model_len is {max_model_len} but {reason} {limit}; set it to {limit} or less, or to 0")
+    return max_model_len or limit
+
+
+def _position_limit(config: Any) -> tuple[int, str]:
+    """How many positions keep the model in one regime, and the reason in words; 0 where nothing limits them."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limit = next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+    reason = "the model was made for"
+    for rope in _rope_parameters(config):
+        # longrope changes the rotation of the whole batch once any position in it passes the original length. Keys in
+        # the cache would then be rotated otherwise than new queries, and short requests would feel long ones; so no
+        # request may get there. `dynamic` changes past max_position_embeddings, which is the limit already.
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if rope.get("rope_type") == "longrope" and original and original < limit:
+            limit, reason = int(original), "its longrope positions are served up to their original length of"
+    floor_scale = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", None) and floor_scale and floor_scale <= limit:
+        # Llama 4 takes positions for this tuning from the place in the batch; below the scale it does nothing.
+        limit, reason = int(floor_scale) - 1, "its attention temperature is constant only up to"
+    return limit, reason
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rotation settings of all layer types; some configurations have one set, some one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _load_config(path: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ModelError(
+            f"transformers cannot read '{path / 'config.json'}': {first_line}; "
+            "a newer transformers may know the model, code that comes with a model is not run"
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{config.model_type!r} in '{path}' has no causal language model in transformers; choose a decoder-only model"
+        )
+    reason = _unsupported_reason(config)
+    if reason:
+        raise ModelError(_refusal(AutoModelForCausalLM._model_mapping[type(config)].__name__, reason))
+    return config
+
+
+def _unsupported_reason(config: Any) -> str:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    types = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES
+    return f"it has layers of type {', '.join(sorted(map(repr, types)))}" if types else ""
+
+
+def _packed(model: Any, dtype: torch.dtype, backend: AttentionBackend) -> PackedModel:
+    """Switch the model to packed mode, and refuse it unless that changes nothing."""
+    try:
+        if getattr(model, "_is_stateful", False):
+            raise UnpackableError("it carries a recurrent state")
+        plain = _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size))
+        with _quiet_transformers():
+            model.set_attn_implementation(ATTENTION_NAME)
+        if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+            raise UnpackableError("it does not use the attention interface of transformers")
+        packed = _trial(lambda: PackedModel(model, backend))
+        _trial(lambda: check_packed(packed, plain, dtype))
+    except UnpackableError as error:
+        raise ModelError(_refusal(type(model).__name__, str(error))) from error
+    return packed
+
+
+def _trial(run: Callable[[], _T]) -> _T:
+    """Run a part of the self-test; whatever a model's own code raises there speaks against packed mode."""
+    try:
+        return run()
+    except (UnpackableError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnpackableError(f"its forward pass fails there with {type(error).__name__}: {error}") from error
+
+
+def _refusal(class_name: str, reason: str) -> str:
+    return (
+        f"{class_name} cannot be served: {reason}; packed mode is the only one there is, "
+        "so choose a model whose attention transformers lets us replace"
+    )
+
+
+def _end_token_ids(path: Path, config: Any) -> tuple[int, ...]:
+    """The tokens that end an output, by the generation settings and else by the configuration."""
+    settings = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    ids = settings.get("eos_token_id")
+    if ids is None:
+        ids = getattr(config, "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without such instructions bfloat16 is emulated, which is slower than float32.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(check() for name in checks if (check := getattr(torch.cpu, name, None)))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the executor's log."""
+    verbosity, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bar:
+            transformers_logging.enable_progress_bar()

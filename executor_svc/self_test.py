@@ -1,0 +1,75 @@
+"""The test a model passes before it serves: packed and chunked it computes what its plain forward pass computes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from executor_svc.kv_cache import PagedPool
+from executor_svc.packed_model import PackedModel, UnpackableError
+
+# Largest accepted distance from the plain logits, relative to their spread. In float32 packed mode is within 1e-5;
+# in the half types the plain forward pass itself is as far off as this allows.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+_LENGTHS = (11, 6)
+_BLOCK_SIZE = 4
+_TABLES = np.array([[5, 1, 3], [2, 4, 0]], dtype=np.int32)
+# Tokens of each sequence in each step: a chunk beside a prompt, a chunk beside a decode, two decodes.
+_SCHEDULE = ((5, 4), (5, 1), (1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLogits:
+    """The two test sequences and their logits by the model's own attention, without a cache."""
+
+    token_ids: list[torch.Tensor]  # [tokens]
+    logits: list[torch.Tensor]  # [tokens, vocabulary] float32
+
+
+def plain_logits(model: Any, vocabulary_size: int) -> PlainLogits:
+    """Run the test sequences through the model as transformers does. Call it before packed mode is switched on."""
+    sequences = [
+        (torch.arange(length, device=model.device) * 7919 + 31 * seed + 3) % vocabulary_size
+        for seed, length in enumerate(_LENGTHS)
+    ]
+    with torch.inference_mode():
+        logits = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float() for ids in sequences]
+    for computed in logits:
+        if not computed.isfinite().all():
+            raise UnpackableError(f"its plain forward pass gives NaN or infinite logits in {model.dtype}")
+    return PlainLogits(sequences, logits)
+
+
+def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> None:
+    """Raise `UnpackableError` unless packed steps give the plain logits."""
+    pool = PagedPool(model.traits.shapes, 6, _BLOCK_SIZE, model.traits.cache_dtype, model.device)
+    computed = [0, 0]
+    worst = 0.0
+    for lengths in _SCHEDULE:
+        query_lengths = np.array(lengths)
+        context_lengths = query_lengths + computed
+        token_ids = torch.cat(
+            [ids[start : start + count] for ids, start, count in zip(plain.token_ids, computed, lengths, strict=True)]
+        )
+        expected = torch.cat(
+            [out[start : start + count] for out, start, count in zip(plain.logits, computed, lengths, strict=True)]
+        )
+        with torch.inference_mode():
+            layout = model.layout((query_lengths, context_lengths, _TABLES), pool)
+            rows = torch.arange(len(token_ids), device=model.device)
+            actual = model.logits(token_ids, layout, pool, rows).float()
+        worst = max(worst, _distance(actual, expected))
+        computed = context_lengths.tolist()
+    if not worst <= _TOLERANCE[dtype]:
+        raise UnpackableError(
+            f"its logits in packed mode are {worst:.2g} away from those of its plain forward pass "
+            f"(accepted in {str(dtype).removeprefix('torch.')}: {_TOLERANCE[dtype]:g})"
+        )
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest root mean square of the difference over that of the expected logits, each row about its own mean."""
+    difference = actual - expected
+    spread = expected - expected.mean(-1, keepdim=True)
+    return float((difference.norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-6)).max())

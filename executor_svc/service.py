@@ -1,0 +1,215 @@
+"""The step stream, seen from the executor: fences, hands plans to the model thread, sends results back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc
+import structlog
+
+from common.processes import PROTOCOL_VERSION
+from executor_svc.executor import BrokenDeviceError, Executor, PlanError
+from paceline.internal.v1 import executor_pb2 as pb
+from paceline.internal.v1 import executor_pb2_grpc
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+PLANS_IN_FLIGHT = 2
+
+
+@dataclass(eq=False)
+class Attachment:
+    """One stream from a scheduler. The newest one with the highest epoch owns the executor."""
+
+    epoch: int
+    scheduler_id: str
+    outcomes: asyncio.Queue[pb.StepResult | Exception] = field(default_factory=asyncio.Queue)
+    unanswered_count: int = 0
+    over: bool = False  # its plans are not to be run any more
+    drained: bool = False  # the scheduler has said that nothing is left
+
+
+class ModelThread:
+    """The one thread in which the model runs: takes plans in order, gives outcomes to the loop."""
+
+    def __init__(self, executor: Executor, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread."""
+        self._executor = executor
+        self._loop = loop
+        self._plans: queue.SimpleQueue[tuple[Attachment, pb.Plan | None, float] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def begin(self, attachment: Attachment) -> None:
+        """Forget everything before the first plan of this attachment."""
+        self._plans.put((attachment, None, time.perf_counter()))
+
+    def submit(self, attachment: Attachment, plan: pb.Plan) -> None:
+        """Run a plan after those before it."""
+        self._plans.put((attachment, plan, time.perf_counter()))
+
+    def stop(self) -> None:
+        """End after the plan that runs now."""
+        self._plans.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        free_at = time.perf_counter()
+        while (item := self._plans.get()) is not None:
+            attachment, plan, came_at = item
+            if attachment.over:
+                continue
+            if plan is None:
+                self._executor.reset()
+                continue
+            started_at = time.perf_counter()
+            outcome = self._execute(plan)
+            if isinstance(outcome, pb.StepResult):
+                outcome.timings.queued_us = round((started_at - came_at) * 1e6)
+                outcome.timings.idle_us = min(round(max(came_at - free_at, 0.0) * 1e6), 0xFFFFFFFF)
+            free_at = time.perf_counter()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                self._loop.call_soon_threadsafe(attachment.outcomes.put_nowait, outcome)
+
+    def _execute(self, plan: pb.Plan) -> pb.StepResult | Exception:
+        try:
+            return self._executor.execute(plan)
+        except Exception as error:  # noqa: BLE001  the attachment ends with it, the thread goes on
+            return error
+
+
+class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
+    """Lets one scheduler at a time drive this executor."""
+
+    def __init__(self, thread: ModelThread, incarnation: int, on_broken: Callable[[str], None]) -> None:
+        """Serve the executor behind `thread`; `on_broken` is called once when its device is beyond help."""
+        self._thread = thread
+        self._incarnation = incarnation
+        self._on_broken = on_broken
+        self._attachment: Attachment | None = None
+        self._highest: tuple[int, str] = (0, "")  # epoch and scheduler that attached last
+        self.detached = asyncio.Event()  # set when a scheduler has said that nothing is left here
+
+    async def Attach(  # type: ignore[override]  # grpc.aio also takes handlers that read and write
+        self,
+        request_iterator: object,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Serve one attachment until either side ends it."""
+        attachment = self._take_over(await _fenced(self._open(context), context))
+        await context.write(self._message(attachment, attached=pb.Attached()))
+        reading = asyncio.create_task(self._read_plans(attachment, context))
+        writing = asyncio.create_task(self._write_results(attachment, context))
+        try:
+            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            for task in (reading, writing):
+                if task.done():
+                    await _fenced(task, context)
+        finally:
+            reading.cancel()
+            writing.cancel()
+            await asyncio.gather(reading, writing, return_exceptions=True)
+            attachment.over = True
+            if self._attachment is attachment:
+                self._attachment = None
+            log.info("scheduler detached", epoch=attachment.epoch)
+
+    async def _open(self, context: grpc.aio.ServicerContext) -> tuple[int, str]:
+        """Read and check the first message; returns the epoch and the scheduler's name."""
+        first = await context.read()
+        if first is grpc.aio.EOF or first.WhichOneof("message") != "attach":
+            raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, "the first message of an attachment must be `attach`")
+        if first.incarnation != self._incarnation:
+            raise _stale("incarnation", first.incarnation, self._incarnation)
+        if first.attach.protocol_version != PROTOCOL_VERSION:
+            raise _stale("protocol version", first.attach.protocol_version, PROTOCOL_VERSION)
+        epoch, scheduler_id = self._highest
+        if first.epoch < epoch or (first.epoch == epoch and first.attach.scheduler_id != scheduler_id):
+            raise _Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"epoch {first.epoch} of scheduler '{first.attach.scheduler_id}' is stale: scheduler "
+                f"'{scheduler_id}' is attached with epoch {epoch}",
+            )
+        return first.epoch, first.attach.scheduler_id
+
+    def _take_over(self, owner: tuple[int, str]) -> Attachment:
+        if self._attachment is not None:
+            self._attachment.over = True
+            self._attachment.outcomes.put_nowait(
+                _Refusal(grpc.StatusCode.ABORTED, f"a newer attachment with epoch {owner[0]} took over")
+            )
+        self._highest = owner
+        self._attachment = Attachment(*owner)
+        self._thread.begin(self._attachment)
+        log.info("scheduler attached", epoch=owner[0], scheduler_id=owner[1])
+        return self._attachment
+
+    async def _read_plans(self, attachment: Attachment, context: grpc.aio.ServicerContext) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            if message.epoch != attachment.epoch:
+                raise _stale("epoch", message.epoch, attachment.epoch)
+            if message.incarnation != self._incarnation:
+                raise _stale("incarnation", message.incarnation, self._incarnation)
+            kind = message.WhichOneof("message")
+            if kind == "detach":
+                attachment.drained = True
+                self.detached.set()
+                return
+            if kind != "plan":
+                raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"message '{kind}' in an open attachment")
+            attachment.unanswered_count += 1
+            if attachment.unanswered_count > PLANS_IN_FLIGHT:
+                raise _Refusal(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"plan {message.plan.step} is the third without a result; the limit is {PLANS_IN_FLIGHT}",
+                )
+            self._thread.submit(attachment, message.plan)
+
+    async def _write_results(self, attachment: Attachment, context: grpc.aio.ServicerContext) -> None:
+        while True:
+            outcome = await attachment.outcomes.get()
+            if isinstance(outcome, PlanError):
+                raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(outcome))
+            if isinstance(outcome, BrokenDeviceError):
+                self._on_broken(str(outcome))
+                raise _Refusal(grpc.StatusCode.INTERNAL, str(outcome))
+            if isinstance(outcome, Exception):
+                raise outcome
+            attachment.unanswered_count -= 1
+            await context.write(self._message(attachment, result=outcome))
+
+    def _message(
+        self, attachment: Attachment, attached: pb.Attached | None = None, result: pb.StepResult | None = None
+    ) -> pb.ExecutorMessage:
+        return pb.ExecutorMessage(
+            epoch=attachment.epoch, incarnation=self._incarnation, attached=attached, result=result
+        )
+
+
+class _Refusal(Exception):  # noqa: N818  not an error of ours: it becomes the status of the call
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _stale(what: str, theirs: int, ours: int) -> _Refusal:
+    return _Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{what} {theirs} is not the {ours} of this executor")
+
+
+async def _fenced(awaitable: Awaitable[T], context: grpc.aio.ServicerContext) -> T:
+    """Await; a refusal becomes the status of the call."""
+    try:
+        return await awaitable
+    except _Refusal as refusal:
+        log.warning("attachment ended", reason=str(refusal), code=refusal.code.name)
+        await context.abort(refusal.code, str(refusal))
+        raise

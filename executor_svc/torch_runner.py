@@ -1,0 +1,196 @@
+"""The runner that computes: a transformers model in packed mode, its paged cache and the sampler."""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from executor_svc.attention.torch_backend import TorchAttention
+from executor_svc.batch import IntArray, RunnerInfo, StepBatch, StepOutput
+from executor_svc.config import ExecutorConfig
+from executor_svc.kv_cache import PagedPool, token_bytes
+from executor_svc.machine import available_memory_bytes, usable_core_count
+from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model
+from executor_svc.packed_model import PackedModel
+from executor_svc.sampler import NonFiniteLogitsError, sample
+
+_CPU_CACHE_LIMIT = 4 << 30
+
+
+class StepError(RuntimeError):
+    """A step computed something that must not be used; the message names the slots."""
+
+
+class TorchRunner:
+    """Runs steps of one model over one paged cache. Called from one thread only."""
+
+    def __init__(self, loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig) -> None:
+        self._model = loaded.packed
+        self._pool = pool
+        self.info = RunnerInfo(
+            name=loaded.model_name,
+            fingerprint=loaded.fingerprint,
+            context_length=loaded.context_length,
+            vocabulary_size=loaded.packed.traits.vocabulary_size,
+            end_token_ids=loaded.end_token_ids,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            mode="packed",
+            block_size=pool.block_size,
+            block_count=pool.block_count,
+            slot_count=config.max_num_seqs,
+            step_token_count=config.max_num_batched_tokens,
+            cache_bytes=pool.byte_count,
+        )
+
+    @classmethod
+    def load(cls, config: ExecutorConfig, progress: Callable[[str, float], None]) -> "TorchRunner":
+        """Load the model, test it, measure what memory is left and make the cache of it.
+
+        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
+
+        Raises:
+            ModelError: the model or the settings cannot be served; the message says what to change.
+        """
+        _check_settings(config)
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        torch.set_num_threads(thread_count(config.threads, device))
+        progress("loading the model", 0.0)
+        loaded = load_model(config.model, device, dtype, TorchAttention(), config.max_model_len)
+        progress("measuring memory", 0.7)
+        _run_largest_step(loaded, config)
+        progress("making the cache", 0.9)
+        pool = PagedPool(
+            loaded.packed.traits.shapes,
+            _block_count(loaded, config),
+            config.block_size,
+            loaded.packed.traits.cache_dtype,
+            device,
+        )
+        progress("ready", 1.0)
+        return cls(loaded, pool, config)
+
+    def run(self, batch: StepBatch) -> StepOutput:
+        """Compute the step: write keys and values of every token, sample one token for each sampling row.
+
+        Raises:
+            StepError: a row's logits are not finite.
+        """
+        started = perf_counter()
+        with torch.inference_mode():
+            logits = _forward(self._model, self._pool, batch)
+            if logits.is_cuda:
+                torch.cuda.synchronize(logits.device)  # or the forward pass would be timed as sampling
+            forward_done = perf_counter()
+            token_ids = self._sample(logits, batch)
+        return StepOutput(token_ids, forward_done - started, perf_counter() - forward_done)
+
+    def _sample(self, logits: torch.Tensor, batch: StepBatch) -> IntArray:
+        if not len(batch.sampling):
+            return np.empty(0, dtype=np.int64)
+        try:
+            return sample(logits, batch.sampling)
+        except NonFiniteLogitsError as error:
+            slots = batch.slots[batch.sampling.row_index[error.rows]].tolist()
+            raise StepError(
+                f"slots {slots} have NaN or infinite logits in {self.info.dtype}; try float32 if this repeats"
+            ) from error
+
+
+def thread_count(wanted: int, device: torch.device) -> int:
+    """Threads for the model: what is wanted, or all cores but one where a CPU runs the model and has more than two."""
+    if wanted:
+        return wanted
+    cores = usable_core_count()
+    return cores - 1 if device.type == "cpu" and cores > 2 else cores
+
+
+def _forward(model: PackedModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
+    """Compute the step and return the logits of its sampling rows, `[S, vocabulary]`."""
+    layout = model.layout((batch.query_lengths, batch.context_lengths, batch.block_tables), pool)
+    last_token = np.cumsum(batch.query_lengths) - 1
+    token_ids = torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(model.device)
+    row_index = torch.from_numpy(last_token[batch.sampling.row_index]).to(model.device)
+    return model.logits(token_ids, layout, pool, row_index)
+
+
+def _check_settings(config: ExecutorConfig) -> None:
+    size = config.block_size
+    if size < 1 or size & (size - 1):
+        raise ModelError(f"block_size must be a power of two, got {size}")
+    if config.max_num_seqs < 1:
+        raise ModelError(f"max_num_seqs must be at least 1, got {config.max_num_seqs}")
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ModelError(
+            f"max_num_batched_tokens is {config.max_num_batched_tokens} but max_num_seqs is {config.max_num_seqs}, and "
+            "each request may need a token in every step; raise the first or lower the second"
+        )
+    if config.threads < 0:
+        raise ModelError(f"threads must be 0 (all cores) or more, got {config.threads}")
+    if not 0 < config.memory_utilization <= 1:
+        raise ModelError(f"memory_utilization must be above 0 and at most 1, got {config.memory_utilization}")
+
+
+def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
+    """Run the step that takes most memory: a full token budget of prompt, then every slot decoding.
+
+    One block stands in for the whole cache: what it holds does not matter, only how much is read.
+    """
+    model = loaded.packed
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    pool = PagedPool(model.traits.shapes, 1, config.block_size, model.traits.cache_dtype, model.device)
+    prompt_lengths = _split(config.max_num_batched_tokens, loaded.context_length)
+    slot_count = config.max_num_seqs
+    decode_length = max(1, min(loaded.context_length, model.traits.group_token_limit // slot_count, _DECODE_LENGTH))
+    for query_lengths, context_lengths in (
+        (prompt_lengths, prompt_lengths),
+        (np.ones(slot_count, dtype=np.int64), np.full(slot_count, decode_length)),
+    ):
+        with torch.inference_mode():
+            tables = np.zeros((len(query_lengths), -(-loaded.context_length // config.block_size)), dtype=np.int32)
+            layout = model.layout((query_lengths, context_lengths, tables), pool)
+            token_ids = torch.zeros(int(query_lengths.sum()), dtype=torch.int64, device=model.device)
+            rows = torch.arange(min(slot_count, len(token_ids)), device=model.device)
+            model.logits(token_ids, layout, pool, rows).float().argmax(-1).cpu()
+
+
+_DECODE_LENGTH = 1024  # longer rows would take a CPU seconds and are bounded by the groups' scratch memory anyway
+
+
+def _split(total: int, limit: int) -> IntArray:
+    """`total` as a sum of lengths of at most `limit`."""
+    whole, rest = divmod(total, limit)
+    return np.array([limit] * whole + [rest] * (rest > 0), dtype=np.int64)
+
+
+def _block_count(loaded: LoadedModel, config: ExecutorConfig) -> int:
+    """Blocks that fit, at most as many as all slots with full contexts could use."""
+    traits, device = loaded.packed.traits, loaded.packed.device
+    block_bytes = token_bytes(traits.shapes, traits.cache_dtype) * config.block_size
+    budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization)
+    usable = config.max_num_seqs * -(-loaded.context_length // config.block_size)
+    count = min(budget // block_bytes - 1, usable)  # one more is the block of zeros
+    if count < 1:
+        raise ModelError(
+            f"the cache may use {budget} bytes but needs {2 * block_bytes}: a block of {config.block_size} tokens takes "
+            f"{block_bytes} bytes and one block is kept for padding; "
+            + (
+                "raise cache_memory_bytes or lower block_size"
+                if config.cache_memory_bytes
+                else "free memory, lower max_num_batched_tokens or set cache_memory_bytes"
+            )
+        )
+    return count
+
+
+def _measured_budget(device: torch.device, memory_utilization: float) -> int:
+    """Bytes for the cache, now that weights are loaded and the largest step has run."""
+    if device.type == "cpu":
+        return min(_CPU_CACHE_LIMIT, available_memory_bytes() // 4)
+    free, total = torch.cuda.mem_get_info(device)
+    used_by_others = total - free - torch.cuda.memory_reserved(device)
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.empty_cache()
+    return max(0, int(memory_utilization * total) - peak - used_by_others)

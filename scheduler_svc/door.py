@@ -1,0 +1,237 @@
+"""The door: what users send becomes a request, or is refused with the value, the limit and the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from common.errors import RefusedError, invalid
+from paceline.v1 import inference_pb2 as pb
+from paceline.v1 import sampling_pb2
+from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.core.request import Request, Sampling, TraceContext
+from scheduler_svc.fleet import ModelLimits
+from scheduler_svc.text_stream import TextStream
+from scheduler_svc.tokenizer import ChatTemplateError, Tokenizer
+
+DEFAULT_OUTPUT_TOKENS = 256
+MAX_TEMPERATURE = 100.0
+MAX_STOPS, MAX_STOP_BYTES, MAX_STOP_TOKEN_IDS = 16, 256, 64
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+class Door:
+    """Checks and tokenizes what users send. Nothing that it refuses reaches the core."""
+
+    def __init__(
+        self, config: SchedulerConfig, model_name: str, tokenizer: Tokenizer, defaults: dict[str, Any]
+    ) -> None:
+        """Stand before `model_name`; `defaults` are the sampling parameters of its generation_config.json."""
+        self._config = config
+        self._model_name = model_name
+        self._tokenizer = tokenizer
+        self._defaults = sampling_defaults(defaults)
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+
+    async def request(
+        self, message: pb.GenerateRequest, limits: ModelLimits | None, deadline: float, trace: TraceContext | None
+    ) -> tuple[Request, TextStream]:
+        """Make a request of the message. Raises `RefusedError`."""
+        if limits is None:
+            raise RefusedError(
+                grpc.StatusCode.UNAVAILABLE, "no executor has joined yet; retry with backoff until one is ready"
+            )
+        request_id = self._request_id(message)
+        if message.model and message.model != self._model_name:
+            raise RefusedError(
+                grpc.StatusCode.NOT_FOUND,
+                f"model '{_shown(message.model)}' is not served here; this server has '{self._model_name}'",
+            )
+        sampling = self._sampling(message.sampling)
+        stops = _stops(message.stopping.stop)
+        stop_token_ids = self._stop_token_ids(message.stopping, limits)
+        prompt = await self._prompt(message, limits)
+        max_output_count = _max_output_count(message.stopping, len(prompt), limits)
+        request = Request(
+            request_id=request_id,
+            token_ids=prompt,
+            prompt_count=len(prompt),
+            max_output_count=max_output_count,
+            sampling=sampling,
+            stop_token_ids=stop_token_ids,
+            deadline=deadline,
+            trace=trace,
+        )
+        return request, TextStream(self._tokenizer, stops)
+
+    def _request_id(self, message: pb.GenerateRequest) -> str:
+        if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
+            raise invalid(
+                f"request_id '{_shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
+            )
+        return message.request_id or f"req-{secrets.token_hex(12)}"
+
+    def _sampling(self, given: sampling_pb2.SamplingParams) -> Sampling:
+        values = {
+            name: getattr(given, name) if _is_set(given, name) else default for name, default in self._defaults.items()
+        }
+        _check_range("temperature", values["temperature"], 0.0, MAX_TEMPERATURE, "0 is greedy")
+        _check_range("min_p", values["min_p"], 0.0, 1.0, "0 keeps all tokens")
+        if not 0.0 < values["top_p"] <= 1.0:  # NaN is refused here too
+            raise invalid(f"top_p is {values['top_p']:g}, must be above 0 and at most 1; 1 keeps all tokens")
+        if given.HasField("temperature") and given.temperature == 0:
+            contradicting = [
+                name for name in ("top_k", "top_p", "min_p") if given.HasField(name) and getattr(given, name)
+            ]
+            contradicting = [name for name in contradicting if name != "top_p" or given.top_p != 1.0]
+            if contradicting:
+                raise invalid(
+                    f"{contradicting[0]} is {getattr(given, contradicting[0]):g} but temperature is 0, which takes the "
+                    f"most likely token whatever {contradicting[0]} says; leave one of them out"
+                )
+        seed = given.seed if given.HasField("seed") else secrets.randbits(64)
+        return Sampling(seed=seed, **values)
+
+    def _stop_token_ids(self, stopping: sampling_pb2.StopConditions, limits: ModelLimits) -> frozenset[int]:
+        given = stopping.stop_token_ids
+        if len(given) > MAX_STOP_TOKEN_IDS:
+            raise invalid(f"stop_token_ids has {len(given)} entries, at most {MAX_STOP_TOKEN_IDS} are possible")
+        _check_token_ids("stop_token_ids", given, limits.vocabulary_size)
+        return frozenset(given) | (frozenset() if stopping.ignore_eos else frozenset(limits.end_token_ids))
+
+    async def _prompt(self, message: pb.GenerateRequest, limits: ModelLimits) -> array[int]:
+        """Token ids of the prompt: at least one, and room for an answer."""
+        kind = message.WhichOneof("prompt")
+        if kind is None:
+            raise invalid("prompt is missing; set one of text, token_ids and chat")
+        if kind == "token_ids":
+            token_ids = _given_token_ids(message.token_ids.ids, limits)
+        else:
+            token_ids = await self._tokenize(message, kind, limits)
+        if not token_ids:
+            raise invalid(f"{kind} gives an empty prompt; the model needs at least one token to continue")
+        if len(token_ids) >= limits.context_length:
+            raise invalid(
+                f"the prompt has {len(token_ids)} tokens but the context length of the model is "
+                f"{limits.context_length}, prompt and output together; shorten the prompt"
+            )
+        return token_ids
+
+    async def _tokenize(self, message: pb.GenerateRequest, kind: str, limits: ModelLimits) -> array[int]:
+        """Run the tokenizer beside the event loop."""
+        messages = [{"role": entry.role, "content": entry.content} for entry in message.chat.messages]
+        size = len(message.text.encode()) if kind == "text" else sum(len(m["content"].encode()) for m in messages)
+        if size > self._config.max_prompt_bytes:
+            raise invalid(
+                f"{kind} has {size} bytes, the limit is {self._config.max_prompt_bytes}; the context length is "
+                f"{limits.context_length} tokens in any case: shorten it"
+            )
+        if kind == "chat":
+            self._check_chat(messages)
+        loop = asyncio.get_running_loop()
+        try:
+            if kind == "text":
+                encoded = await loop.run_in_executor(self._threads, self._tokenizer.encode, message.text)
+            else:
+                encoded = await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, messages)
+        except ChatTemplateError as error:
+            raise invalid(f"the chat template of '{self._model_name}' refuses these messages: {error}") from error
+        return array("I", encoded)
+
+    def _check_chat(self, messages: Sequence[dict[str, str]]) -> None:
+        if not self._tokenizer.has_chat_template:
+            raise invalid(f"model '{self._model_name}' has no chat template; send text or token_ids instead of chat")
+        if not messages:
+            raise invalid("chat has no messages; it needs at least one")
+        for position, message in enumerate(messages):
+            if not message["role"]:
+                raise invalid(f"chat message {position} has no role; use system, user or assistant")
+
+
+def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The model's own sampling parameters: greedy unless its generation_config.json says to sample."""
+    samples = bool(generation_config.get("do_sample"))
+    own = {name: value for name, value in generation_config.items() if value is not None}
+    return {
+        "temperature": float(own.get("temperature", 1.0)) if samples else 0.0,
+        "top_k": int(own.get("top_k", 0)) if samples else 0,
+        "top_p": float(own.get("top_p", 1.0)) if samples else 1.0,
+        "min_p": float(own.get("min_p", 0.0)) if samples else 0.0,
+    }
+
+
+def _given_token_ids(data: bytes, limits: ModelLimits) -> array[int]:
+    if len(data) % 4:
+        raise invalid(f"token_ids has {len(data)} bytes, which is not a whole number of little-endian uint32")
+    if len(data) // 4 >= limits.context_length:
+        raise invalid(
+            f"token_ids has {len(data) // 4} tokens but the context length of the model is {limits.context_length}, "
+            f"prompt and output together; shorten the prompt"
+        )
+    token_ids = array("I")
+    token_ids.frombytes(data)
+    _check_token_ids("token_ids", token_ids, limits.vocabulary_size)
+    return token_ids
+
+
+def _check_token_ids(field: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
+    largest = max(token_ids, default=0)
+    if largest >= vocabulary_size:
+        raise invalid(f"{field} contains {largest}, but the vocabulary ends at {vocabulary_size - 1}")
+
+
+def _check_range(field: str, value: float, low: float, high: float, hint: str) -> None:
+    if not low <= value <= high or math.isnan(value):
+        raise invalid(f"{field} is {value:g}, must be {low:g} to {high:g}; {hint}")
+
+
+def _check_not_contradicting(given: sampling_pb2.SamplingParams) -> None:
+    """Refuse a filter beside a temperature of 0: one of the two is a mistake."""
+    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+        if _is_set(given, name) and getattr(given, name) != off:
+            raise invalid(
+                f"{name} is {getattr(given, name):g} but temperature is 0, which takes the most likely token whatever "
+                f"{name} says; leave one of them out"
+            )
+
+
+def _is_set(given: sampling_pb2.SamplingParams, name: str) -> bool:
+    return given.HasField(name)  # type: ignore[arg-type]  # one of its optional fields
+
+
+def _stops(stops: Sequence[str]) -> tuple[str, ...]:
+    if len(stops) > MAX_STOPS:
+        raise invalid(f"stop has {len(stops)} texts, at most {MAX_STOPS} are possible")
+    for position, stop in enumerate(stops):
+        size = len(stop.encode())
+        if not 1 <= size <= MAX_STOP_BYTES:
+            raise invalid(f"stop[{position}] has {size} bytes, must be 1 to {MAX_STOP_BYTES}")
+    return tuple(stops)
+
+
+def _max_output_count(stopping: sampling_pb2.StopConditions, prompt_count: int, limits: ModelLimits) -> int:
+    room = limits.context_length - prompt_count
+    if not stopping.HasField("max_output_tokens"):
+        return min(DEFAULT_OUTPUT_TOKENS, room)
+    wanted = stopping.max_output_tokens
+    if wanted < 1:
+        raise invalid("max_output_tokens is 0, must be at least 1; leave it out for the default")
+    if wanted > room:
+        raise invalid(
+            f"max_output_tokens is {wanted}, but the prompt has {prompt_count} tokens and the context length is "
+            f"{limits.context_length}, prompt and output together; ask for at most {room}"
+        )
+    return wanted
+
+
+def _shown(value: str) -> str:
+    """A value of the user, short enough for a message."""
+    return value if len(value) <= 80 else value[:77] + "..."

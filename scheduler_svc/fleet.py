@@ -1,0 +1,196 @@
+"""The fleet: which executors have a lease, and a link to each."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+
+from common.errors import RefusedError, invalid
+from common.processes import PROTOCOL_VERSION, RELEASE
+from paceline.v1 import fleet_pb2
+from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.core.plan import Capacity
+from scheduler_svc.engine import Engine
+from scheduler_svc.executor_link import ExecutorLink
+
+log = structlog.get_logger()
+
+_LOOK_EVERY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What executors say of the model; the same from all of them."""
+
+    context_length: int
+    vocabulary_size: int
+    end_token_ids: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Member:
+    """An executor process with a lease."""
+
+    joined: fleet_pb2.JoinRequest
+    link: ExecutorLink
+    lease_ends_at: float
+    keeping: asyncio.Task[None] = field(init=False)
+
+
+class Fleet:
+    """Takes executors up, renews their leases, and gives up those that fall silent or get stuck."""
+
+    def __init__(
+        self, config: SchedulerConfig, model_name: str, fingerprint: str, owner: tuple[int, str], engine: Engine
+    ) -> None:
+        """Start empty. Only executors whose model has this fingerprint may join."""
+        self.limits: ModelLimits | None = None  # of the model, once an executor has joined
+        self.members: dict[str, Member] = {}
+        self._config = config
+        self._model_name = model_name
+        self._fingerprint = fingerprint
+        self._owner = owner
+        self._engine = engine
+        self._wedged: set[int] = set()  # incarnations whose device got stuck: they must restart
+        self._clock: Callable[[], float] = time.monotonic
+
+    def join(self, request: fleet_pb2.JoinRequest) -> fleet_pb2.JoinResponse:
+        """Give a lease or renew it. Raises `RefusedError` for an executor that cannot serve here."""
+        self._check(request)
+        member = self.members.get(request.executor_id)
+        if member is not None and member.joined.incarnation != request.incarnation:
+            log.warning("executor was replaced", executor_id=request.executor_id)
+            self._give_up(member)
+            member = None
+        lease = fleet_pb2.JoinResponse(lease_ms=round(self._config.lease_s * 1000))
+        if member is None and request.draining:  # has been let go, or never held anything
+            return lease
+        if member is None:
+            member = self._take_up(request)
+        member.lease_ends_at = self._clock() + self._config.lease_s
+        if request.draining and not member.joined.draining:
+            log.info("executor drains", executor_id=request.executor_id)
+            member.joined = request
+            member.link.draining = True
+            self._engine.drain(member.link)
+        return lease
+
+    def _take_up(self, request: fleet_pb2.JoinRequest) -> Member:
+        size = request.capacity
+        link = ExecutorLink(
+            executor_id=request.executor_id,
+            incarnation=request.incarnation,
+            address=request.address,
+            capacity=Capacity(size.block_size, size.block_count, size.slot_count, size.step_token_count),
+            owner=self._owner,
+            events=self._engine,
+            clock=self._clock,
+        )
+        member = Member(request, link, lease_ends_at=0.0)
+        member.keeping = asyncio.create_task(link.keep(), name=f"link {request.executor_id}")
+        self.members[request.executor_id] = member
+        model = request.model
+        self.limits = ModelLimits(model.context_length, model.vocabulary_size, tuple(model.end_token_ids))
+        log.info("executor joined", executor_id=request.executor_id, address=request.address, mode=model.mode)
+        return member
+
+    def _give_up(self, member: Member) -> None:
+        del self.members[member.joined.executor_id]
+        member.keeping.cancel()
+        self._engine.lost(member.link)
+
+    async def watch(self) -> None:
+        """Give up executors whose lease ran out, whose device is stuck, or which were let go; until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            now = self._clock()
+            for member in list(self.members.values()):
+                if member.keeping.done():  # drained and detached
+                    with contextlib.suppress(asyncio.CancelledError):
+                        member.keeping.result()
+                    self._give_up(member)
+                elif member.lease_ends_at < now:
+                    log.error("executor lost: lease ran out", executor_id=member.joined.executor_id)
+                    self._give_up(member)
+                elif member.link.is_wedged(now, self._config.step_timeout_s):
+                    log.error("executor lost: its step takes too long", executor_id=member.joined.executor_id)
+                    self._wedged.add(member.joined.incarnation)
+                    self._give_up(member)
+
+    def close(self) -> None:
+        """Give up everybody."""
+        for member in list(self.members.values()):
+            self._give_up(member)
+
+    def _check(self, request: fleet_pb2.JoinRequest) -> None:
+        missing = [name for name in ("executor_id", "incarnation", "address") if not getattr(request, name)]
+        missing += [name for name in ("model", "capacity") if not request.HasField(name)]
+        if missing:
+            raise invalid(f"{missing[0]} is missing")
+        _check_id(request.executor_id)
+        size, model = request.capacity, request.model
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise _mismatch(
+                f"executor '{request.executor_id}' (release {request.release or 'unknown'}) speaks version "
+                f"{request.protocol_version} of the step stream, this scheduler (release {RELEASE}) version "
+                f"{PROTOCOL_VERSION}; run the same release of both"
+            )
+        if model.fingerprint != self._fingerprint:
+            raise _mismatch(
+                f"executor '{request.executor_id}' has the model '{model.name}' ({model.fingerprint[:12]}), this "
+                f"scheduler serves '{self._model_name}' ({self._fingerprint[:12]}); start both with the same folder"
+            )
+        if size.block_size < 1 or size.block_size & (size.block_size - 1) or not size.block_count:
+            raise invalid(
+                f"capacity has {size.block_count} blocks of {size.block_size} tokens; it needs a power of two"
+            )
+        if not 1 <= size.slot_count <= 65535 or size.step_token_count < size.slot_count:
+            raise invalid(
+                f"capacity has {size.slot_count} slots and steps of {size.step_token_count} tokens; it needs 1 to "
+                f"65535 slots and a token for each"
+            )
+        limits = ModelLimits(model.context_length, model.vocabulary_size, tuple(model.end_token_ids))
+        if self.limits is not None and limits != self.limits:
+            raise _mismatch(
+                f"executor '{request.executor_id}' has the limits {limits}, the fleet has {self.limits}; start all "
+                f"executors with the same --max-model-len"
+            )
+        if request.incarnation in self._wedged:
+            raise _mismatch(f"executor '{request.executor_id}' got stuck in a step; it must restart")
+
+
+def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
+    """An executor as operators see it."""
+    joined = member.joined
+    executor = engine.scheduler.executors.get(joined.executor_id) if member.link.is_attached else None
+    if joined.draining:
+        state = fleet_pb2.EXECUTOR_STATE_DRAINING
+    else:
+        state = fleet_pb2.EXECUTOR_STATE_READY if executor else fleet_pb2.EXECUTOR_STATE_CONNECTING
+    return fleet_pb2.Executor(
+        executor_id=joined.executor_id,
+        incarnation=joined.incarnation,
+        address=joined.address,
+        state=state,
+        model=joined.model,
+        capacity=joined.capacity,
+        running_request_count=len(executor.running) if executor else 0,
+        free_block_count=executor.blocks.free_count if executor else joined.capacity.block_count,
+        step=member.link.answered_step,
+        step_us=member.link.step_us,
+    )
+
+
+def _check_id(executor_id: str) -> None:
+    if len(executor_id) > 128 or not executor_id.isascii() or not executor_id.isprintable() or " " in executor_id:
+        raise invalid(f"executor_id {executor_id!r} must be 1 to 128 printable ASCII characters without spaces")
+
+
+def _mismatch(message: str) -> RefusedError:
+    return RefusedError(grpc.StatusCode.FAILED_PRECONDITION, message)

@@ -1,0 +1,266 @@
+"""The gRPC services of the scheduler: what users and executors call."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from array import array
+from collections.abc import AsyncIterator
+
+import grpc
+import structlog
+
+from common.errors import RefusedError, abort, invalid
+from common.tracing import parse_traceparent
+from paceline.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
+from paceline.v1 import inference_pb2 as pb
+from scheduler_svc.core.request import FinishReason, TraceContext
+from scheduler_svc.door import Door
+from scheduler_svc.engine import Engine
+from scheduler_svc.fleet import Fleet, describe
+from scheduler_svc.output_stream import OutputStream
+from scheduler_svc.refuse_malformed import Malformed
+
+log = structlog.get_logger()
+
+_FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Serves users."""
+
+    def __init__(self, door: Door, engine: Engine, fleet: Fleet, model: pb.Model) -> None:
+        """Serve `model`; what executors know of it is added when they join."""
+        self._door = door
+        self._engine = engine
+        self._fleet = fleet
+        self._model = model
+
+    async def Generate(
+        self, request: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream one answer."""
+        try:
+            stream = await self._accept(request, context)
+        except RefusedError as error:
+            await abort(context, error)
+        request_id, prompt_count = stream.request.request_id, stream.request.prompt_count
+        try:
+            yield pb.GenerateResponse(request_id=request_id, prompt_token_count=prompt_count)
+            finished = False
+            while not finished:
+                piece = await stream.next()
+                finished = piece.finish_reason is not None
+                failure = _failure(stream, piece.finish_reason)
+                if not failure or piece.token_ids:
+                    yield pb.GenerateResponse(
+                        text=piece.text,
+                        token_ids=array("I", piece.token_ids).tobytes(),
+                        output_token_count=stream.output_token_count,
+                        text_length=stream.text_length,
+                        finish_reason=_FINISH_REASONS.get(piece.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
+                        usage=_usage(stream) if piece.finish_reason else None,
+                    )
+                if failure:
+                    await abort(context, failure)
+        finally:
+            self._engine.cancel(stream.request)
+
+    async def GenerateBatch(  # type: ignore[override]  # grpc.aio also takes handlers that read and write
+        self,
+        request_iterator: object,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        """Answer many requests, each whole, as they finish."""
+        batch = _Batch(self, context)
+        try:
+            await batch.run()
+        except RefusedError as error:
+            await abort(context, error)
+        finally:
+            await batch.close()
+
+    async def Cancel(
+        self, request: pb.CancelRequest | Malformed, context: grpc.aio.ServicerContext
+    ) -> pb.CancelResponse:
+        """End a request by id."""
+        if isinstance(request, Malformed):
+            await abort(context, request.error)
+        found = self._engine.scheduler.get(request.request_id)
+        if found is not None:
+            self._engine.cancel(found)
+        return pb.CancelResponse()
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.GetModelResponse:
+        """Describe the model."""
+        model = pb.Model()
+        model.CopyFrom(self._model)
+        limits = self._fleet.limits
+        if limits is not None:
+            model.context_length = limits.context_length
+            model.vocabulary_size = limits.vocabulary_size
+            model.end_token_ids.extend(limits.end_token_ids)
+        model.executor_count = sum(member.link.is_attached for member in self._fleet.members.values())
+        return pb.GetModelResponse(model=model)
+
+    async def answer(self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateOutput:
+        """Answer one request as a whole. Raises `RefusedError`."""
+        stream = await self._accept(message, context)
+        try:
+            text: list[str] = []
+            token_ids = array("I")
+            while True:
+                piece = await stream.next()
+                text.append(piece.text)
+                token_ids.extend(piece.token_ids)
+                failure = _failure(stream, piece.finish_reason)
+                if failure is not None:
+                    raise failure
+                if piece.finish_reason is not None:
+                    return pb.GenerateOutput(
+                        request_id=stream.request.request_id,
+                        text="".join(text),
+                        token_ids=token_ids.tobytes(),
+                        finish_reason=_FINISH_REASONS[piece.finish_reason],
+                        usage=_usage(stream),
+                    )
+        finally:
+            self._engine.cancel(stream.request)
+
+    async def wait_for_room(self) -> None:
+        """Wait until the queue has room for a request of a batch."""
+        await self._engine.wait_for_room()
+
+    async def _accept(self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext) -> OutputStream:
+        if isinstance(message, Malformed):
+            raise message.error
+        self._engine.check_room(0)  # before the work of tokenizing
+        remaining_s = context.time_remaining()
+        deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
+        request, text = await self._door.request(message, self._fleet.limits, deadline, _trace(context))
+        return self._engine.submit(request, text)
+
+
+class _Batch:
+    """One `GenerateBatch` call: reads as the queue has room, answers in any order."""
+
+    def __init__(self, service: InferenceService, context: grpc.aio.ServicerContext) -> None:
+        self._service = service
+        self._context = context
+        self._seen: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: asyncio.Queue[pb.GenerateBatchResponse | None] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Serve until the caller has closed its side and every output is written."""
+        reading = asyncio.create_task(self._read())
+        self._tasks.add(reading)
+        while (answer := await self._answers.get()) is not None:
+            await self._context.write(answer)
+        await reading
+
+    async def close(self) -> None:
+        """Cancel what still runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _read(self) -> None:
+        answering: set[asyncio.Task[None]] = set()
+        try:
+            while (message := await self._context.read()) is not grpc.aio.EOF:
+                if isinstance(message, Malformed):
+                    raise message.error
+                if message.index in self._seen:
+                    raise invalid(f"index {message.index} was used twice in this batch")
+                self._seen.add(message.index)
+                await self._service.wait_for_room()
+                task = asyncio.create_task(self._answer(message))
+                for tasks in (answering, self._tasks):
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                await asyncio.sleep(0)  # let it reach the queue before there is a look at its length again
+            if answering:
+                await asyncio.wait(answering)
+        finally:
+            self._answers.put_nowait(None)
+
+    async def _answer(self, message: pb.GenerateBatchRequest) -> None:
+        answer = pb.GenerateBatchResponse(index=message.index)
+        try:
+            answer.output.CopyFrom(await self._service.answer(message.request, self._context))
+        except RefusedError as error:
+            answer.error.CopyFrom(
+                pb.RequestError(request_id=message.request.request_id, code=error.code_number, message=error.message)
+            )
+        self._answers.put_nowait(answer)
+
+
+class FleetService(fleet_pb2_grpc.FleetServiceServicer):
+    """Serves executors and operators."""
+
+    def __init__(self, fleet: Fleet, engine: Engine) -> None:
+        """Serve `fleet`."""
+        self._fleet = fleet
+        self._engine = engine
+
+    async def Join(self, request: fleet_pb2.JoinRequest, context: grpc.aio.ServicerContext) -> fleet_pb2.JoinResponse:
+        """Take an executor up or renew its lease."""
+        try:
+            return self._fleet.join(request)
+        except RefusedError as error:
+            log.warning("executor refused", executor_id=request.executor_id, reason=error.message)
+            await abort(context, error)
+
+    async def ListExecutors(
+        self,
+        request: fleet_pb2.ListExecutorsRequest,
+        context: grpc.aio.ServicerContext,
+    ) -> fleet_pb2.ListExecutorsResponse:
+        """Show the fleet."""
+        members = sorted(self._fleet.members.values(), key=lambda member: member.joined.executor_id)
+        return fleet_pb2.ListExecutorsResponse(
+            executors=[describe(member, self._engine) for member in members],
+            waiting_request_count=self._engine.scheduler.waiting_count,
+        )
+
+
+def _failure(stream: OutputStream, reason: FinishReason | None) -> RefusedError | None:
+    """The status of a request that did not end well."""
+    request = stream.request
+    if reason is FinishReason.CANCELLED:
+        return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request.request_id}' was cancelled")
+    if reason is FinishReason.DEADLINE:
+        return RefusedError(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            f"the deadline of request '{request.request_id}' passed after {stream.output_token_count} tokens",
+        )
+    if reason is FinishReason.ERROR:
+        return RefusedError(grpc.StatusCode.INTERNAL, request.error)
+    return None
+
+
+def _usage(stream: OutputStream) -> pb.Usage:
+    request = stream.request
+
+    def since_acceptance_us(at: float | None) -> int:
+        return 0 if at is None else round((at - stream.accepted_at) * 1e6)
+
+    return pb.Usage(
+        prompt_token_count=request.prompt_count,
+        output_token_count=stream.output_token_count,
+        queue_us=max(0, since_acceptance_us(request.placed_at)),
+        first_token_us=since_acceptance_us(stream.first_token_at),
+        total_us=since_acceptance_us(stream.ended_at),
+        recomputation_count=max(0, request.placement_count - 1),
+    )
+
+
+def _trace(context: grpc.aio.ServicerContext) -> TraceContext | None:
+    header = dict(context.invocation_metadata() or ()).get("traceparent")
+    parsed = parse_traceparent(header) if isinstance(header, str) else None
+    return TraceContext(*parsed) if parsed else None

@@ -1,0 +1,160 @@
+"""An InferenceService in this process that does what a test wrote down, and remembers what it was asked."""
+
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Queue
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+
+from paceline.v1 import inference_pb2 as pb
+from paceline.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
+
+
+@dataclass(frozen=True)
+class Fail:
+    """End the call with this status."""
+
+    code: grpc.StatusCode
+    details: str = "as scripted"
+    retry_after_s: float | None = None
+
+    def end(self, context: grpc.ServicerContext) -> None:
+        if self.retry_after_s is not None:
+            delay = Duration()
+            delay.FromNanoseconds(int(self.retry_after_s * 1e9))
+            detail = Any()
+            detail.Pack(RetryInfo(retry_delay=delay))
+            status = Status(code=self.code.value[0], message=self.details, details=[detail])
+            context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+        context.abort(self.code, self.details)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Send nothing until `event` is set or the call has ended."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+
+
+UNAVAILABLE = Fail(grpc.StatusCode.UNAVAILABLE, "the scheduler is starting")
+ACCEPTED = pb.GenerateResponse(request_id="scripted", prompt_token_count=5)
+
+Action = pb.GenerateResponse | Fail | Wait
+BatchScript = Callable[[list[pb.GenerateBatchRequest]], Iterable[pb.GenerateBatchResponse | Fail]]
+
+
+def token_bytes(*ids: int) -> bytes:
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+def tokens(text: str, *ids: int) -> pb.GenerateResponse:
+    return pb.GenerateResponse(text=text, token_ids=token_bytes(*ids))
+
+
+def last(text: str, *ids: int, reason: pb.FinishReason.ValueType = pb.FINISH_REASON_LENGTH) -> pb.GenerateResponse:
+    usage = pb.Usage(prompt_token_count=5, output_token_count=2, queue_us=10, first_token_us=20, total_us=30)
+    return pb.GenerateResponse(text=text, token_ids=token_bytes(*ids), finish_reason=reason, usage=usage)
+
+
+HELLO = (ACCEPTED, tokens("Hel", 7), last("lo", 8))
+
+
+def answered(message: pb.GenerateBatchRequest, text: str = "") -> pb.GenerateBatchResponse:
+    """An output that repeats the prompt."""
+    output = pb.GenerateOutput(
+        request_id=message.request.request_id,
+        text=text or message.request.text,
+        token_ids=token_bytes(message.index),
+        finish_reason=pb.FINISH_REASON_STOP,
+    )
+    return pb.GenerateBatchResponse(index=message.index, output=output)
+
+
+def failed(message: pb.GenerateBatchRequest, code: grpc.StatusCode) -> pb.GenerateBatchResponse:
+    error = pb.RequestError(code=code.value[0], message="as scripted", request_id=message.request.request_id)
+    return pb.GenerateBatchResponse(index=message.index, error=error)
+
+
+class ScriptedServer(InferenceServiceServicer):
+    """Each call takes the next script; without one it answers `HELLO`, or repeats the prompts of a batch."""
+
+    def __init__(self) -> None:
+        self.scripts: deque[tuple[Action, ...]] = deque()
+        self.batch_scripts: deque[BatchScript] = deque()
+        self.unary_failures: deque[Fail] = deque()
+        self.requests: list[pb.GenerateRequest] = []  # of each attempt at Generate
+        self.batches: list[list[pb.GenerateBatchRequest]] = []  # of each attempt at GenerateBatch
+        self.cancelled_ids: list[str] = []  # by Cancel
+        self.traceparents: list[str] = []
+        self.call_times: list[float] = []
+        self.deadlines: list[float | None] = []
+        self.broken_off: Queue[bool] = Queue()  # one entry for each call that ended in the middle of a `Wait`
+        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        add_InferenceServiceServicer_to_server(self, self._server)
+        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(0).wait()
+
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+        self._note_call(context)
+        self.requests.append(request)
+        for action in self.scripts.popleft() if self.scripts else HELLO:
+            if isinstance(action, Fail):
+                action.end(context)
+            elif isinstance(action, Wait):
+                if context.add_callback(action.event.set):  # False: the call has ended already
+                    action.event.wait()
+                if not context.is_active():
+                    self.broken_off.put(True)
+                    return
+            else:
+                yield action
+
+    def GenerateBatch(
+        self, request_iterator: Iterator[pb.GenerateBatchRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateBatchResponse]:
+        self._note_call(context)
+        messages = list(request_iterator)
+        self.batches.append(messages)
+        script = self.batch_scripts.popleft() if self.batch_scripts else lambda all_: map(answered, all_)
+        for action in script(messages):
+            if isinstance(action, Fail):
+                action.end(context)
+            else:
+                yield action
+
+    def Cancel(self, request: pb.CancelRequest, context: grpc.ServicerContext) -> pb.CancelResponse:
+        self._note_call(context)
+        self.cancelled_ids.append(request.request_id)
+        return pb.CancelResponse()
+
+    def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:
+        self._note_call(context)
+        if self.unary_failures:
+            self.unary_failures.popleft().end(context)
+        return pb.GetModelResponse(
+            model=pb.Model(
+                name="tiny",
+                context_length=2048,
+                vocabulary_size=1000,
+                end_token_ids=[2, 3],
+                has_chat_template=True,
+                executor_count=1,
+            )
+        )
+
+    def _note_call(self, context: grpc.ServicerContext) -> None:
+        self.call_times.append(time.monotonic())
+        self.deadlines.append(context.time_remaining())
+        self.traceparents.extend(value for key, value in context.invocation_metadata() if key == "traceparent")

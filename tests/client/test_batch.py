@@ -1,0 +1,167 @@
+"""Many prompts in one call: order, errors of single requests, and connections that break."""
+
+import grpc
+import pytest
+
+from paceline import InvalidRequest, Output, Overloaded, ServerError, TimedOut, Unavailable
+from tests.client.scripted_server import UNAVAILABLE, Fail, answered, failed
+
+
+def texts(outputs: list[Output]) -> list[str]:
+    return [output.text for output in outputs]
+
+
+def test_returns_outputs_in_the_order_of_the_prompts(client, server):
+    """The server answers short requests first; callers zip outputs with their prompts."""
+    server.batch_scripts.append(lambda messages: map(answered, reversed(messages)))
+
+    outputs = client.generate_batch(["a", "b", "c"])
+
+    assert texts(outputs) == ["a", "b", "c"]
+    assert [output.token_ids for output in outputs] == [(0,), (1,), (2,)]
+
+
+def test_takes_every_kind_of_prompt_with_its_own_options(client, server):
+    """Evaluations mix prompts; an option beside a prompt goes before the one for all."""
+    chat = [{"role": "user", "content": "Hi"}]
+    client.generate_batch(
+        ["a", [1, 2], chat, {"prompt": "d", "max_output_tokens": 9, "request_id": "mine"}, {"messages": chat}],
+        max_output_tokens=3,
+    )
+
+    requests = [message.request for message in server.batches[0]]
+    assert [request.WhichOneof("prompt") for request in requests] == ["text", "token_ids", "chat", "text", "chat"]
+    assert [request.stopping.max_output_tokens for request in requests] == [3, 3, 3, 9, 3]
+    assert requests[3].request_id == "mine"
+
+
+def test_tells_the_progress_after_each_request(client, server):
+    """A batch may take hours."""
+    progress: list[tuple[int, int]] = []
+    client.generate_batch(["a", "b", "c"], on_progress=lambda done, total: progress.append((done, total)))
+
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_empty_batch_asks_nobody(client, server):
+    """The edge that a filter upstream produces sooner or later."""
+    assert client.generate_batch([]) == []
+    assert server.batches == []
+
+
+def test_sends_only_unfinished_requests_again_after_a_break(client, server):
+    """A restart of the server must not cost the outputs of an hour."""
+    server.batch_scripts.append(lambda messages: [answered(messages[1], "kept"), UNAVAILABLE])
+
+    assert texts(client.generate_batch(["a", "b", "c"])) == ["a", "kept", "c"]
+    first, second = server.batches
+    assert [message.index for message in second] == [0, 2]
+    assert [message.request.request_id for message in second] == [
+        first[0].request.request_id,
+        first[2].request.request_id,
+    ]
+
+
+def test_progress_makes_all_retries_available_again(connect, server):
+    """A long batch may see many restarts; only a server that gets nothing done is given up."""
+    for _ in range(4):
+        server.batch_scripts.append(lambda messages: [answered(messages[0]), UNAVAILABLE])
+
+    assert texts(connect(max_retries=1).generate_batch(list("abcde"))) == list("abcde")
+
+
+def test_sends_a_request_again_that_met_a_draining_server(client, server):
+    """The server may answer single requests with UNAVAILABLE instead of breaking the stream."""
+    server.batch_scripts.append(
+        lambda messages: [answered(messages[0]), failed(messages[1], grpc.StatusCode.UNAVAILABLE)]
+    )
+
+    assert texts(client.generate_batch(["a", "b"])) == ["a", "b"]
+    assert [message.index for message in server.batches[1]] == [1]
+
+
+def test_raises_the_first_error_by_default(client, server):
+    """A mistake in a batch must not be found hours later among its outputs."""
+    server.batch_scripts.append(
+        lambda messages: [answered(messages[0]), failed(messages[1], grpc.StatusCode.INVALID_ARGUMENT)]
+    )
+
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate_batch(["a", {"prompt": "b", "request_id": "mine"}, "c"])
+    assert caught.value.request_id == "mine"
+
+
+def test_returns_errors_in_the_place_of_outputs_when_asked(client, server):
+    """One bad prompt among thousands must not cost the others."""
+    server.batch_scripts.append(
+        lambda messages: [failed(messages[0], grpc.StatusCode.INTERNAL), *map(answered, messages[1:])]
+    )
+    progress: list[tuple[int, int]] = []
+
+    outcomes = client.generate_batch(
+        ["a", "b", "\ud800"], on_error="return", on_progress=lambda *counts: progress.append(counts)
+    )
+
+    assert type(outcomes[0]) is ServerError
+    assert outcomes[1].text == "b"
+    assert type(outcomes[2]) is InvalidRequest
+    assert outcomes[2].message.startswith("prompts[2]: prompt has the lone surrogate")
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_keeps_finished_outputs_when_it_gives_up(connect, server):
+    """With errors returned, even a server that stays away costs only what it did not answer."""
+    server.batch_scripts.append(lambda messages: [answered(messages[0]), UNAVAILABLE])
+    server.batch_scripts.append(lambda messages: [UNAVAILABLE])
+
+    outcomes = connect(max_retries=1).generate_batch(["a", "b", "c"], on_error="return")
+
+    assert outcomes[0].text == "a"
+    assert [type(outcome) for outcome in outcomes[1:]] == [Unavailable, Unavailable]
+    sent_ids = [message.request.request_id for message in server.batches[0]]
+    assert [outcome.request_id for outcome in outcomes] == sent_ids
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(grpc.StatusCode.RESOURCE_EXHAUSTED, Overloaded), (grpc.StatusCode.DEADLINE_EXCEEDED, TimedOut)],
+)
+def test_the_error_of_the_stream_is_the_error_of_what_it_left_open(connect, server, code, kind):
+    """Callers handle one request's errors in one place, however they came."""
+    server.batch_scripts.append(lambda messages: [Fail(code, "the reason", retry_after_s=1.5)])
+
+    (outcome,) = connect(max_retries=0).generate_batch(["a"], on_error="return")
+
+    assert type(outcome) is kind
+    assert (outcome.message, outcome.retry_after_s) == ("the reason", 1.5)
+
+
+def test_a_request_that_the_server_forgot_is_an_error(client, server):
+    """Fewer outputs than prompts would shift every later one to the wrong prompt."""
+    server.batch_scripts.append(lambda messages: map(answered, messages[:1]))
+
+    with pytest.raises(ServerError, match="without answering"):
+        client.generate_batch(["a", "b"])
+
+
+def test_an_exception_of_the_progress_callback_ends_the_batch(client, server):
+    """It is the caller's way to stop."""
+
+    def stop(done: int, total: int) -> None:
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        client.generate_batch(["a", "b"], on_progress=stop)
+
+
+def test_a_misspelt_option_is_a_type_error(client, server):
+    """It is a bug in the program, not in one request: it must not end up among the outcomes."""
+    with pytest.raises(TypeError, match="max_tokens"):
+        client.generate_batch([{"prompt": "a", "max_tokens": 3}], on_error="return")
+    assert server.batches == []
+
+
+def test_on_error_takes_two_values(client, server):
+    """`on_error="ignore"` would otherwise mean the opposite of what it says."""
+    with pytest.raises(ValueError, match="'raise' or 'return', got 'ignore'"):
+        client.generate_batch(["a"], on_error="ignore")

@@ -1,0 +1,50 @@
+"""Serving folders and runners of tiny models, made once for all tests of the executor."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from executor_svc.config import ExecutorConfig
+from executor_svc.torch_runner import TorchRunner
+from tests import parity, tiny_models
+
+
+@pytest.fixture(scope="session")
+def serving_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The serving folder of an architecture."""
+
+    @cache
+    def make(architecture: str) -> Path:
+        return tiny_models.save_serving_folder(architecture, tmp_path_factory.mktemp(architecture))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_runner(serving_folder: Callable[[str], Path]) -> Callable[..., TorchRunner]:
+    """Load a small runner of an architecture; keyword arguments change its settings."""
+
+    def load(architecture: str, **settings: Any) -> TorchRunner:
+        small = {
+            "model": str(serving_folder(architecture)),
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
+            "block_size": 4,
+            "cache_memory_bytes": 4 << 20,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+        }
+        return TorchRunner.load(ExecutorConfig(**(small | settings)), lambda phase, fraction: None)
+
+    return load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ties_stay_rare() -> Iterator[None]:
+    """Hold the ties of all comparisons of this session to what chance allows."""
+    yield
+    parity.counter.check()

@@ -1,0 +1,68 @@
+"""Which processes `paceline serve` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paceline_cli.children import Machine, executor_children, scheduler_child
+from paceline_cli.serve import readable
+
+SETTINGS = {"threads": 0, "device": "auto", "memory_utilization": 0.9, "lease_s": 2.0, "max_num_seqs": 8}
+
+
+def flag_of(command: tuple[str, ...], name: str) -> str:
+    """The value that a command line gives a flag."""
+    return command[command.index(name) + 1]
+
+
+def children(count: int, machine: Machine, **more) -> list[tuple[str, ...]]:
+    """Command lines of `count` executors."""
+    commands = executor_children("fake", Path("/run/x"), count, SETTINGS | more, machine)
+    return [child.command for child in commands]
+
+
+def test_executors_join_the_scheduler_where_it_listens():
+    """They are wired by command line alone, so a restarted one finds its place again."""
+    scheduler = scheduler_child("fake", Path("/run/x"), "127.0.0.1:50051", SETTINGS).command
+    first, second = children(2, Machine(8, 0))
+
+    listening = [scheduler[i + 1] for i, word in enumerate(scheduler) if word == "--listen"]
+    assert listening == ["unix:/run/x/scheduler.sock", "127.0.0.1:50051"]
+    assert flag_of(first, "--scheduler") == flag_of(second, "--scheduler") == listening[0]
+    assert flag_of(first, "--listen") != flag_of(second, "--listen")
+    assert flag_of(first, "--executor-id") == "executor-0"
+    assert flag_of(scheduler, "--lease") == "2.0"
+    assert flag_of(first, "--max-num-seqs") == "8"
+
+
+def test_several_executors_share_the_cores():
+    """Each taking all of them makes every one of them slow."""
+    assert [flag_of(command, "--threads") for command in children(4, Machine(8, 0))] == ["2"] * 4
+    assert [flag_of(command, "--threads") for command in children(4, Machine(2, 0))] == ["1"] * 4
+    assert [flag_of(command, "--threads") for command in children(2, Machine(8, 0), threads=3)] == ["3"] * 2
+
+
+def test_an_executor_alone_decides_for_itself():
+    """It knows its device better than the supervisor does."""
+    (command,) = children(1, Machine(8, 2))
+
+    assert flag_of(command, "--threads") == "0"
+    assert flag_of(command, "--device") == "auto"
+
+
+def test_several_executors_spread_over_the_gpus():
+    """Two on one GPU would each take nine tenths of its memory."""
+    commands = children(3, Machine(8, 2))
+
+    assert [flag_of(command, "--device") for command in commands] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [flag_of(command, "--gpu-memory-utilization") for command in commands] == ["0.45", "0.9", "0.45"]
+    assert [flag_of(command, "--device") for command in children(2, Machine(8, 2), device="cpu")] == ["cpu", "cpu"]
+
+
+def test_log_lines_of_children_are_readable():
+    """They write JSON, because they do not write to a terminal."""
+    assert readable('{"event": "joined [x]", "level": "info", "service": "executor", "lease_ms": 5000}') == (
+        "[default]joined \\[x][/] [dim]lease_ms=5000[/]"
+    )
+    assert readable("plain [text]") == "plain \\[text]"
+    assert readable("[1, 2]") == "[1, 2]"

@@ -1,0 +1,195 @@
+"""The command line: what it says, what it refuses, with which exit code it leaves."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import grpc
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from executor_svc.config import ExecutorConfig
+from paceline import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
+from paceline_cli.config_flags import flags_for
+from paceline_cli.errors import ExitCode, command_error
+from paceline_cli.main import app
+from paceline_cli.sizes import format_size, parse_size
+from scheduler_svc.config import SchedulerConfig
+from tests.paceline_cli.conftest import REPOSITORY
+
+VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "health")
+
+
+def paceline(*words: str, **more: Any) -> Any:
+    """Run the command in this process."""
+    return CliRunner().invoke(app, list(words), prog_name="paceline", **more)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(verb):
+    """Help is where people learn a command; an example says more than a list of flags."""
+    result = paceline(verb, "--help")
+
+    assert result.exit_code == ExitCode.OK
+    assert f"$ paceline {verb}" in result.output or f"| paceline {verb}" in result.output
+
+
+def test_the_help_lists_the_exit_codes():
+    """Scripts decide by them."""
+    result = paceline("--help")
+
+    assert result.exit_code == ExitCode.OK
+    assert "Exit codes" in result.output
+
+
+def test_the_command_starts_without_the_heavy_libraries():
+    """`paceline --help` and the scheduler's container must not import torch, and need not wait for gRPC."""
+    script = "import sys, paceline_cli.main; print(*(name.partition('.')[0] for name in sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    ).stdout.split()
+
+    assert not {"torch", "transformers", "tokenizers", "grpc", "numpy"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("text", "byte_count"),
+    [
+        ("2GiB", 2 * 2**30),
+        ("512MiB", 512 * 2**20),
+        ("1.5 GB", 1_500_000_000),
+        ("8g", 8 * 2**30),
+        ("1048576", 2**20),
+        ("0", 0),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, byte_count):
+    """Nobody should have to count zeros."""
+    assert parse_size(text) == byte_count
+
+
+@pytest.mark.parametrize("text", ["", "much", "2 gibbons", "-1GiB"])
+def test_a_size_that_is_none_is_wrong_usage(text):
+    """The message shows what a size looks like."""
+    with pytest.raises(typer.BadParameter, match="2GiB"):
+        parse_size(text)
+
+    assert paceline("executor", "fake", "--cache-memory", text).exit_code == ExitCode.USAGE
+
+
+def test_sizes_are_shown_as_people_read_them():
+    """Bytes in tens of digits say nothing."""
+    assert [format_size(size) for size in (0, 512, 1536, 2 * 2**30)] == ["0 B", "512 B", "1.5 KiB", "2 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "config"),
+    [
+        ("scheduler", SchedulerConfig(model="fake", listen=("unix:/tmp/a.sock", "127.0.0.1:0"), lease_s=7.5)),
+        ("executor", ExecutorConfig(model="fake", cache_memory_bytes=2**20, executor_id="executor-3", threads=2)),
+    ],
+)
+def test_a_configuration_survives_the_command_line(verb, config, monkeypatch):
+    """`paceline serve` hands its settings to children this way: a flag that got lost would be a setting ignored."""
+    served = []
+    module = type(sys)(f"{verb}_svc.main")
+    module.serve = lambda config, *_: served.append(config) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, f"{verb}_svc.main", module)
+
+    result = paceline(verb, "fake", *flags_for(config))
+
+    assert result.exit_code == ExitCode.OK, result.output
+    assert served == [config]
+
+
+def test_flags_can_be_set_in_the_environment(monkeypatch):
+    """Containers are configured this way."""
+    served = []
+    module = type(sys)("executor_svc.main")
+    module.serve = lambda config, *_: served.append(config) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "executor_svc.main", module)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+    paceline("executor", env={"PACELINE_MODEL": "fake", "PACELINE_MAX_NUM_SEQS": "9", "PACELINE_CACHE_MEMORY": "1GiB"})
+
+    assert served == [ExecutorConfig(model="fake", max_num_seqs=9, cache_memory_bytes=2**30)]
+
+
+def test_a_refusal_by_a_service_is_wrong_usage(monkeypatch):
+    """A supervisor must not try settings again that contradict each other."""
+
+    def refuse(*_):
+        raise ValueError("--block-size must be a power of two, got 24; take 16 or 32")
+
+    module = type(sys)("executor_svc.main")
+    module.serve = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "executor_svc.main", module)
+
+    result = paceline("executor", "fake")
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "power of two, got 24" in result.output
+    assert "take 16 or 32" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_folder_that_is_none_says_how_to_make_one():
+    """The most likely first mistake."""
+    result = paceline("executor", "nowhere")
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "paceline prepare" in result.output
+
+
+def test_a_port_in_use_is_named_before_anything_starts():
+    """Finding out after a model was loaded would be late."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = paceline("serve", "fake", "--port", str(port))
+
+    assert result.exit_code == ExitCode.FAILED
+    assert f"port {port} is in use" in result.output
+    assert "--port" in result.output
+
+
+def test_no_server_is_exit_code_3():
+    """A healthcheck and a script tell `not there` from `failed`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    assert paceline("health", address, "--timeout", "0.2").exit_code == ExitCode.UNREACHABLE
+
+
+def test_a_prompt_and_a_file_of_prompts_exclude_each_other(tmp_path):
+    """One of them would silently be ignored."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\n")
+
+    assert paceline("generate").exit_code == ExitCode.USAGE
+    assert paceline("generate", "Once", "--input", str(file)).exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "remedy"),
+    [
+        (Unavailable("no", grpc.StatusCode.UNAVAILABLE), ExitCode.UNREACHABLE, "paceline serve"),
+        (InvalidRequest("no", grpc.StatusCode.INVALID_ARGUMENT), ExitCode.REFUSED, "change the request"),
+        (Overloaded("no", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=2.0), ExitCode.REFUSED, "in 2 s"),
+        (TimedOut("no", grpc.StatusCode.DEADLINE_EXCEEDED), ExitCode.FAILED, "--timeout"),
+        (ServerError("no", grpc.StatusCode.INTERNAL, "r-1"), ExitCode.FAILED, "report it"),
+        (KeyError("x"), ExitCode.FAILED, "--debug"),
+    ],
+)
+def test_errors_become_an_exit_code_and_a_remedy(error, exit_code, remedy):
+    """A script decides by the code, a person by the remedy."""
+    reason = command_error(error)
+
+    assert reason.exit_code == exit_code
+    assert remedy in reason.what_to_do
