@@ -14,7 +14,7 @@ from common.grpc_servers import Server, reachable
 from common.processes import run_loop, stop_event
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig
-from executor_svc.executor import Executor
+from executor_svc.executor import BrokenDeviceError, Executor
 from executor_svc.membership import Membership, RefusedError
 from executor_svc.service import ExecutorService, ModelThread
 from paceline.internal.v1 import executor_pb2_grpc
@@ -62,61 +62,85 @@ def check_config(config: ExecutorConfig) -> None:
         )
 
 
+class ExecutorApp:
+    """An executor on the running event loop: what the process is made of, without the process."""
+
+    def __init__(self, config: ExecutorConfig, runner: Runner) -> None:
+        """Put the parts together; nothing listens yet."""
+        self.executor_id = config.executor_id or f"{socket.gethostname()}-{os.getpid()}"
+        self.broken = asyncio.Event()  # the device is beyond help
+        self._config = config
+        self._runner = runner
+        self._incarnation = secrets.randbits(64) | 1
+        self._thread = ModelThread(Executor(runner), asyncio.get_running_loop())
+        self._service = ExecutorService(self._thread, self._incarnation, on_broken=lambda _message: self.broken.set())
+        self._server = Server()
+        executor_pb2_grpc.add_ExecutorServiceServicer_to_server(self._service, self._server.grpc)
+
+    async def start(self) -> str:
+        """Listen; returns the address with its real port."""
+        (address,) = await self._server.start([self._config.listen], ["paceline.internal.v1.ExecutorService"])
+        advertised = self._config.advertise or reachable(address)
+        self._membership = Membership(
+            self._config.scheduler, self.executor_id, self._incarnation, advertised, self._runner.info
+        )
+        await self._server.set_serving(True)
+        return address
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Be a member of the fleet until `stopping` is set, then drain. Raises `RefusedError` when there is no place
+        in the fleet for this executor, `BrokenDeviceError` when the device is beyond help.
+        """
+        keeping = asyncio.create_task(self._membership.keep())
+        events = [asyncio.create_task(event.wait()) for event in (stopping, self.broken)]
+        await asyncio.wait((keeping, *events), return_when=asyncio.FIRST_COMPLETED)
+        if stopping.is_set() and not keeping.done():
+            await self._drain(keeping)
+        for task in (keeping, *events):
+            task.cancel()
+        (outcome, *_) = await asyncio.gather(keeping, *events, return_exceptions=True)
+        await self._server.stop()
+        if self.broken.is_set():
+            raise BrokenDeviceError("the device does not work any more")
+        self._thread.stop()
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    async def _drain(self, keeping: asyncio.Task[None]) -> None:
+        """Take nothing new; wait until the scheduler says that nothing is left, or for as long as is allowed.
+
+        What still runs after that goes on elsewhere: the end of the stream tells the scheduler.
+        """
+        log.info("draining", timeout_s=self._config.drain_timeout_s)
+        await self._server.set_serving(False)
+        self._membership.leave()
+        if self._membership.joined.is_set():
+            detached = asyncio.create_task(self._service.detached.wait())
+            waiting = (detached, keeping)
+            await asyncio.wait(waiting, timeout=self._config.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            detached.cancel()
+
+
 async def _serve(config: ExecutorConfig, runner: Runner) -> int:
     stopping = stop_event()
-    broken = asyncio.Event()
-    incarnation = secrets.randbits(64) | 1
-    thread = ModelThread(Executor(runner), asyncio.get_running_loop())
-    service = ExecutorService(thread, incarnation, on_broken=lambda _message: broken.set())
-    server = Server()
-    executor_pb2_grpc.add_ExecutorServiceServicer_to_server(service, server.grpc)
-    (address,) = await server.start([config.listen], ["paceline.internal.v1.ExecutorService"])
-    executor_id = config.executor_id or f"{socket.gethostname()}-{os.getpid()}"
-    membership = Membership(
-        config.scheduler, executor_id, incarnation, config.advertise or reachable(address), runner.info
-    )
-    await server.set_serving(True)
+    app = ExecutorApp(config, runner)
+    address = await app.start()
     info = runner.info
     log.info(
         "executor ready",
-        executor_id=executor_id,
+        executor_id=app.executor_id,
         address=address,
         model=info.name,
         dtype=info.dtype,
         cache_tokens=info.block_count * info.block_size,
         cache_mib=info.cache_bytes // 2**20,
     )
-    keeping = asyncio.create_task(membership.keep())
-    events = [asyncio.create_task(event.wait()) for event in (stopping, broken)]
-    await asyncio.wait((keeping, *events), return_when=asyncio.FIRST_COMPLETED)
-    if stopping.is_set() and not keeping.done():
-        await _drain(config, server, membership, service, keeping)
-    for task in (keeping, *events):
-        task.cancel()
-    refused = (await asyncio.gather(keeping, return_exceptions=True))[0]
-    await server.stop()
-    if broken.is_set():
-        # The device may never give its thread back: do not wait for it.
-        log.error("device broken, process ends")
-        os._exit(1)
-    if isinstance(refused, RefusedError):
-        log.error("refused by the scheduler", reason=str(refused))
+    try:
+        await app.run(stopping)
+    except RefusedError as error:
+        log.error("refused by the scheduler", reason=str(error))
         return 1
-    thread.stop()
+    except BrokenDeviceError as error:
+        log.error("the process ends", reason=str(error))
+        os._exit(1)  # the device may never give its thread back: do not wait for it
     return 0
-
-
-async def _drain(
-    config: ExecutorConfig, server: Server, membership: Membership, service: ExecutorService, keeping: asyncio.Task
-) -> None:
-    """Take nothing new; wait until the scheduler says that nothing is left, or for as long as is allowed.
-
-    What still runs after that goes on elsewhere: the end of the stream tells the scheduler.
-    """
-    log.info("draining", timeout_s=config.drain_timeout_s)
-    await server.set_serving(False)
-    membership.leave()
-    if membership.joined.is_set():
-        detached = asyncio.create_task(service.detached.wait())
-        await asyncio.wait((detached, keeping), timeout=config.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        detached.cancel()

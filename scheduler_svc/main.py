@@ -47,39 +47,62 @@ def load_model(config: SchedulerConfig) -> tuple[str, str, Tokenizer, dict[str, 
     return name, folder.fingerprint, Tokenizer.from_folder(folder), folder.generation_defaults()
 
 
+class SchedulerApp:
+    """A scheduler on the running event loop: what the process is made of, without the process."""
+
+    def __init__(
+        self, config: SchedulerConfig, model_name: str, fingerprint: str, tokenizer: Tokenizer, defaults: dict[str, Any]
+    ) -> None:
+        """Put the parts together; nothing listens yet."""
+        self.engine = Engine(config)
+        owner = (int(time.time() * 1000), secrets.token_hex(8))  # a later life has a higher epoch
+        self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine)
+        self._config = config
+        self._server = Server(interceptors=[RefuseMalformed()])
+        door = Door(config, model_name, tokenizer, defaults)
+        model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
+        inference = InferenceService(door, self.engine, self.fleet, model)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server.grpc)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self.fleet, self.engine), self._server.grpc)
+
+    async def start(self) -> list[str]:
+        """Listen; returns the addresses with their real ports."""
+        addresses = await self._server.start(self._config.listen, SERVICES)
+        await self._server.set_serving(True)
+        return addresses
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Watch over the fleet until `stopping` is set, then drain."""
+        watching = asyncio.create_task(self.fleet.watch())
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait((watching, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not watching.done():
+            await self._drain()
+            watching.cancel()
+        self.fleet.close()
+        await self._server.stop(0.5)
+        if not watching.cancelled() and watching.done():
+            watching.result()  # a bug: nobody watched the leases any more
+
+    async def _drain(self) -> None:
+        """Refuse new requests, let those that run finish for as long as is allowed."""
+        await self._server.set_serving(False)
+        self.engine.draining = True
+        request_count = self.engine.scheduler.request_count
+        log.info("draining", request_count=request_count, timeout_s=self._config.drain_timeout_s)
+        try:
+            await asyncio.wait_for(self.engine.drained(), self._config.drain_timeout_s)
+        except TimeoutError:
+            log.warning("requests are cut off", request_count=self.engine.scheduler.request_count)
+
+
 async def _serve(
     config: SchedulerConfig, model_name: str, fingerprint: str, tokenizer: Tokenizer, defaults: dict[str, Any]
 ) -> int:
     stopping = stop_event()
-    engine = Engine(config)
-    owner = (int(time.time() * 1000), secrets.token_hex(8))  # a later life has a higher epoch
-    fleet = Fleet(config, model_name, fingerprint, owner, engine)
-    door = Door(config, model_name, tokenizer, defaults)
-    model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
-    server = Server(interceptors=[RefuseMalformed()])
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(door, engine, fleet, model), server.grpc)
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(fleet, engine), server.grpc)
-    addresses = await server.start(config.listen, SERVICES)
-    await server.set_serving(True)
+    app = SchedulerApp(config, model_name, fingerprint, tokenizer, defaults)
+    addresses = await app.start()
     log.info("scheduler ready", addresses=addresses, model=model_name)
-    watching = asyncio.create_task(fleet.watch())
-    stopped = asyncio.create_task(stopping.wait())
-    await asyncio.wait((watching, stopped), return_when=asyncio.FIRST_COMPLETED)
-    if watching.done():
-        watching.result()  # a bug: nobody watches the leases any more, so say so and end
-    await server.set_serving(False)
-    await _drain(config, engine)
-    watching.cancel()
-    fleet.close()
-    await server.stop(0.5)
+    await app.run(stopping)
     return 0
-
-
-async def _drain(config: SchedulerConfig, engine: Engine) -> None:
-    """Refuse new requests, let those that run finish for as long as is allowed."""
-    engine.draining = True
-    log.info("draining", request_count=engine.scheduler.request_count, timeout_s=config.drain_timeout_s)
-    try:
-        await asyncio.wait_for(engine.drained(), config.drain_timeout_s)
-    except TimeoutError:
-        log.warning("requests are cut off", request_count=engine.scheduler.request_count)

@@ -215,7 +215,9 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace of a chat template cannot have the attribute {name!r}; rename it")
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace of a chat template cannot have the attribute {name!r}; rename it"
+        )
 
 
 def _compile(chat_template: str) -> jinja2.Template:

@@ -39,7 +39,7 @@ def assert_same_tokens(
         return
     pairs = zip(expected, actual, strict=False)
     index = next((i for i, (left, right) in enumerate(pairs) if left != right), min(len(expected), len(actual)))
-    assert index < len(expected) and index < len(actual), (
+    assert index < min(len(expected), len(actual)), (
         f"one output ends after {index} tokens where the other goes on: expected {expected}, got {actual}"
     )
     margin = _margin(model, [*prompt_ids, *expected[:index]], expected[index], actual[index])

@@ -97,7 +97,7 @@ class ScriptedServer(InferenceServiceServicer):
         self.traceparents: list[str] = []
         self.call_times: list[float] = []
         self.deadlines: list[float | None] = []
-        self.broken_off: Queue[bool] = Queue()  # one entry for each call that ended in the middle of a `Wait`
+        self.broken_off: Queue[bool] = Queue()  # one entry for each `Generate` that ended before its script
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         add_InferenceServiceServicer_to_server(self, self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -109,17 +109,18 @@ class ScriptedServer(InferenceServiceServicer):
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
         self._note_call(context)
         self.requests.append(request)
-        for action in self.scripts.popleft() if self.scripts else HELLO:
-            if isinstance(action, Fail):
-                action.end(context)
-            elif isinstance(action, Wait):
-                if context.add_callback(action.event.set):  # False: the call has ended already
+        try:
+            for action in self.scripts.popleft() if self.scripts else HELLO:
+                if isinstance(action, Fail):
+                    action.end(context)
+                elif not isinstance(action, Wait):
+                    yield action
+                elif context.add_callback(action.event.set):  # False: the call has ended already
                     action.event.wait()
                 if not context.is_active():
-                    self.broken_off.put(True)
-                    return
-            else:
-                yield action
+                    raise GeneratorExit
+        except GeneratorExit:  # also how grpc drops a generator whose call ended while it sent
+            self.broken_off.put(True)
 
     def GenerateBatch(
         self, request_iterator: Iterator[pb.GenerateBatchRequest], context: grpc.ServicerContext

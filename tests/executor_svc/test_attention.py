@@ -14,6 +14,7 @@ from executor_svc.attention.layout import StepLayout, Visibility, group_by_lengt
 from executor_svc.attention.torch_backend import TorchAttention
 
 BLOCK_SIZE = 4
+FULL = Visibility()
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Case:
     group_size: int = 3
     key_dim: int = 8
     value_dim: int = 8
-    visibility: Visibility = Visibility()
+    visibility: Visibility = FULL
     softcap: float = 0.0
     has_sinks: bool = False
     group_token_limit: int = 1 << 20
@@ -73,7 +74,9 @@ def attend(case: Case, dtype: torch.dtype = torch.float32, poison: float = 0.0) 
     parts = layout.parts(case.visibility, case.key_heads)
     backend.attend(torch.randn_like(query), keys, values, parts, rule)  # what its scratch memory keeps is no matter
     actual = backend.attend(query, keys, values, parts, rule)
-    return actual, naive(case, query.double(), keys.double(), values.double(), np.split(owned, np.cumsum(context_lengths)[:-1]), rule)
+    return actual, naive(
+        case, query.double(), keys.double(), values.double(), np.split(owned, np.cumsum(context_lengths)[:-1]), rule
+    )
 
 
 def naive(case, query, keys, values, owned, rule) -> torch.Tensor:
@@ -86,7 +89,10 @@ def naive(case, query, keys, values, owned, rule) -> torch.Tensor:
                 for key_position, slot in enumerate(slots.tolist())
                 if key_position <= position
                 and (not case.visibility.window or position - key_position < case.visibility.window)
-                and (not case.visibility.chunk or position // case.visibility.chunk == key_position // case.visibility.chunk)
+                and (
+                    not case.visibility.chunk
+                    or position // case.visibility.chunk == key_position // case.visibility.chunk
+                )
             ]
             for head in range(len(query)):
                 key_head = head // case.group_size

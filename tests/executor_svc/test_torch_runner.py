@@ -19,7 +19,7 @@ from tests.tiny_models import ARCHITECTURES
 
 
 def requests(count: int = 4, **sampling) -> list[DrivenRequest]:
-    return [DrivenRequest(range(3 + row, 9 + 5 * row), 10, seed=row, **sampling) for row in range(count)]
+    return [DrivenRequest(range(3 + row, 9 + 6 * row), 10, seed=row, **sampling) for row in range(count)]
 
 
 def load(folder, **settings) -> TorchRunner:
@@ -154,7 +154,7 @@ def test_a_broken_request_is_named_and_harms_nobody(load_runner, monkeypatch):
     good.block_ids, bad.block_ids = [1, 2, 3], [0, 4, 5, 6]  # padding of block tables points at block 0
     together = step_batch([good, bad], [6, 11], [True, True])
     expected = runner.run(together).token_ids[0]
-    good.computed_count, bad.computed_count = 5, 10
+    good.computed_count, bad.computed_count = 5, 10  # the last token once more, as a decode
     for layer in range(3):
         runner._pool.values(layer)[:4] = float("nan")
         runner._pool.keys(layer)[:4] = float("nan")

@@ -64,7 +64,6 @@ def test_the_command_starts_without_the_heavy_libraries():
         ("1.5 GB", 1_500_000_000),
         ("8g", 8 * 2**30),
         ("1048576", 2**20),
-        ("0", 0),
     ],
 )
 def test_sizes_are_read_as_people_write_them(text, byte_count):

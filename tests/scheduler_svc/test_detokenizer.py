@@ -37,7 +37,7 @@ def sentence_piece() -> Tokenizer:
         decoders.Fuse(),
         decoders.Strip(" ", 1, 0),
     ]
-    return vocabulary(words * 1 + bytes_, decoders.Sequence(steps), added=("<tool>", "日本"))
+    return vocabulary(words + bytes_, decoders.Sequence(steps), added=("<tool>", "日本"))
 
 
 def metaspace() -> Tokenizer:
