@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 _CGROUP = Path("/sys/fs/cgroup")
 

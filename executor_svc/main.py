@@ -107,18 +107,17 @@ class ExecutorApp:
             raise outcome
 
     async def _drain(self, keeping: asyncio.Task[None]) -> None:
-        """Take nothing new; wait until the scheduler says that nothing is left, or for as long as is allowed.
+        """Take nothing new; wait until the scheduler detaches because nothing is left, or for as long as is allowed.
 
         What still runs after that goes on elsewhere: the end of the stream tells the scheduler.
         """
         log.info("draining", timeout_s=self._config.drain_timeout_s)
         await self._server.set_serving(False)
         self._membership.leave()
-        if self._membership.joined.is_set():
-            detached = asyncio.create_task(self._service.detached.wait())
-            waiting = (detached, keeping)
-            await asyncio.wait(waiting, timeout=self._config.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            detached.cancel()
+        detached = asyncio.create_task(self._service.detached.wait())
+        waiting = (detached, keeping)
+        await asyncio.wait(waiting, timeout=self._config.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        detached.cancel()
 
 
 async def _serve(config: ExecutorConfig, runner: Runner) -> int:

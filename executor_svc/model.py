@@ -144,7 +144,8 @@ def _load_config(path: Path) -> Any:
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
-            f"{config.model_type!r} in '{path}' has no causal language model in transformers; choose a decoder-only model"
+            f"{config.model_type!r} in '{path}' has no causal language model in transformers; "
+            "choose a decoder-only model"
         )
     reason = _unsupported_reason(config)
     if reason:
@@ -183,7 +184,7 @@ def _trial(run: Callable[[], _T]) -> _T:
     except (UnpackableError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UnpackableError(f"its forward pass fails there with {type(error).__name__}: {error}") from error
+        raise UnpackableError(f"its own code fails there with {type(error).__name__}: {error}") from error
 
 
 def _refusal(class_name: str, reason: str) -> str:

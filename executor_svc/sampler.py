@@ -61,9 +61,7 @@ class _Draws:
     @classmethod
     def of(cls, sampling: SamplingBatch, row: NDArray[np.int64]) -> "_Draws":
         key = row_keys(sampling.seed[row], sampling.output_index[row])
-        return cls(
-            row, sampling.temperature[row], sampling.top_k[row], sampling.top_p[row], sampling.min_p[row], key
-        )
+        return cls(row, sampling.temperature[row], sampling.top_k[row], sampling.top_p[row], sampling.min_p[row], key)
 
     def chunks(self, size: int) -> Iterator["_Draws"]:
         for start in range(0, len(self.row), size):

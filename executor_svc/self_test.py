@@ -1,6 +1,7 @@
 """The test a model passes before it serves: packed and chunked it computes what its plain forward pass computes."""
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from executor_svc.packed_model import PackedModel, UnpackableError
 # Largest accepted distance from the plain logits, relative to their spread. In float32 packed mode is within 1e-5;
 # in the half types the plain forward pass itself is as far off as this allows.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-_LENGTHS = (11, 6)
+_LENGTHS = (11, 8)
 _BLOCK_SIZE = 4
 _TABLES = np.array([[5, 1, 3], [2, 4, 0]], dtype=np.int32)
-# Tokens of each sequence in each step: a chunk beside a prompt, a chunk beside a decode, two decodes.
-_SCHEDULE = ((5, 4), (5, 1), (1, 1))
+# Tokens of each sequence in each step: a chunk beside a prompt, a chunk beside a decode, then decodes.
+_SCHEDULE = ((5, 4), (3, 1), (1, 1), (1, 1), (1, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +45,22 @@ def plain_logits(model: Any, vocabulary_size: int) -> PlainLogits:
 def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> None:
     """Raise `UnpackableError` unless packed steps give the plain logits."""
     pool = PagedPool(model.traits.shapes, 6, _BLOCK_SIZE, model.traits.cache_dtype, model.device)
-    computed = [0, 0]
-    worst = 0.0
-    for lengths in _SCHEDULE:
-        query_lengths = np.array(lengths)
-        context_lengths = query_lengths + computed
-        token_ids = torch.cat(
-            [ids[start : start + count] for ids, start, count in zip(plain.token_ids, computed, lengths, strict=True)]
-        )
-        expected = torch.cat(
-            [out[start : start + count] for out, start, count in zip(plain.logits, computed, lengths, strict=True)]
-        )
+    distances: dict[bool, list[float]] = {True: [], False: []}  # of decoded tokens, of chunks' tokens
+    computed = np.zeros(len(_LENGTHS), dtype=np.int64)
+    for counts in _SCHEDULE:
+        query_lengths = np.array(counts)
+        spans = [slice(start, start + count) for start, count in zip(computed.tolist(), counts, strict=True)]
+        token_ids = torch.cat([ids[span] for ids, span in zip(plain.token_ids, spans, strict=True)])
         with torch.inference_mode():
-            layout = model.layout((query_lengths, context_lengths, _TABLES), pool)
-            rows = torch.arange(len(token_ids), device=model.device)
-            actual = model.logits(token_ids, layout, pool, rows).float()
-        worst = max(worst, _distance(actual, expected))
-        computed = context_lengths.tolist()
+            layout = model.layout((query_lengths, computed + query_lengths, _TABLES), pool)
+            all_rows = torch.arange(len(token_ids), device=model.device)
+            actual = model.logits(token_ids, layout, pool, all_rows).float()
+        for row, span, out in zip(actual.split(counts), spans, plain.logits, strict=True):
+            distances[len(row) == 1] += _distances(row, out[span])
+        computed += query_lengths
+    # In the half types a mixture of experts may send a token elsewhere for a rounding error: single tokens are far
+    # off in a correct model, but not most of them.
+    worst = max(max(some) if dtype == torch.float32 else median(some) for some in distances.values())
     if not worst <= _TOLERANCE[dtype]:
         raise UnpackableError(
             f"its logits in packed mode are {worst:.2g} away from those of its plain forward pass "
@@ -68,8 +68,8 @@ def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> 
         )
 
 
-def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest root mean square of the difference over that of the expected logits, each row about its own mean."""
-    difference = actual - expected
+def _distances(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:
+    """For each token the norm of the difference over that of the expected logits about their mean."""
     spread = expected - expected.mean(-1, keepdim=True)
-    return float((difference.norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-6)).max())
+    distances: list[float] = ((actual - expected).norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-6)).tolist()
+    return distances

@@ -35,7 +35,6 @@ class Attachment:
     outcomes: asyncio.Queue[pb.StepResult | Exception] = field(default_factory=asyncio.Queue)
     unanswered_count: int = 0
     over: bool = False  # its plans are not to be run any more
-    drained: bool = False  # the scheduler has said that nothing is left
 
 
 class ModelThread:
@@ -97,7 +96,8 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
         self._on_broken = on_broken
         self._attachment: Attachment | None = None
         self._highest: tuple[int, str] = (0, "")  # epoch and scheduler that attached last
-        self.detached = asyncio.Event()  # set when a scheduler has said that nothing is left here
+        self.detached = asyncio.Event()  # set while no scheduler is attached: nothing that runs here is wanted
+        self.detached.set()
 
     async def Attach(  # type: ignore[override]  # grpc.aio also takes handlers that read and write
         self,
@@ -121,6 +121,7 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
             attachment.over = True
             if self._attachment is attachment:
                 self._attachment = None
+                self.detached.set()
             log.info("scheduler detached", epoch=attachment.epoch)
 
     async def _open(self, context: grpc.aio.ServicerContext) -> tuple[int, str]:
@@ -149,6 +150,7 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
             )
         self._highest = owner
         self._attachment = Attachment(*owner)
+        self.detached.clear()
         self._thread.begin(self._attachment)
         log.info("scheduler attached", epoch=owner[0], scheduler_id=owner[1])
         return self._attachment
@@ -161,8 +163,6 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
                 raise _stale("incarnation", message.incarnation, self._incarnation)
             kind = message.WhichOneof("message")
             if kind == "detach":
-                attachment.drained = True
-                self.detached.set()
                 return
             if kind != "plan":
                 raise _Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"message '{kind}' in an open attachment")

@@ -174,8 +174,8 @@ def _block_count(loaded: LoadedModel, config: ExecutorConfig) -> int:
     count = min(budget // block_bytes - 1, usable)  # one more is the block of zeros
     if count < 1:
         raise ModelError(
-            f"the cache may use {budget} bytes but needs {2 * block_bytes}: a block of {config.block_size} tokens takes "
-            f"{block_bytes} bytes and one block is kept for padding; "
+            f"the cache may use {budget} bytes but needs {2 * block_bytes}: a block of {config.block_size} tokens "
+            f"takes {block_bytes} bytes and one block is kept for padding; "
             + (
                 "raise cache_memory_bytes or lower block_size"
                 if config.cache_memory_bytes

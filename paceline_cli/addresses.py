@@ -18,7 +18,7 @@ _LONGEST_SOCKET_PATH = 100  # the kernel takes 107 bytes, macOS 103
 def reserve_port(host: str, port: int) -> int:
     """Check that `port` can be listened on and return it; port 0 picks a free one.
 
-    gRPC shares ports between processes: without this check two servers would take turns at answering.
+    The server would find out too, but later and in another process.
     """
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
-import typer
-
+from paceline_cli.flags import flag
 from paceline_cli.sizes import parse_size
 
 Settings = dict[str, Any]  # field name of a configuration -> value
@@ -24,57 +23,69 @@ _TIMES = "Time-outs"
 _FAKE = "Without a model (MODEL is 'fake')"
 
 
-def _flag(name: str, panel: str, text: str, **more: Any) -> Any:
-    """The option of one setting. `--max-model-len` is also read from `PACELINE_MAX_MODEL_LEN`."""
-    envvar = "PACELINE_" + name.removeprefix("--").replace("-", "_").upper()
-    return typer.Option(name, help=text, envvar=envvar, rich_help_panel=panel, **more)
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """How one setting looks on the command line."""
+
+    name: str
+    text: str
+    panel: str
+    more: dict[str, Any]
+
+    def option(self) -> Any:
+        """The typer option."""
+        return flag(self.name, self.text, rich_help_panel=self.panel, **self.more)
 
 
-def _seconds(name: str, text: str) -> Any:
-    return _flag(name, _TIMES, text, metavar="SECONDS", min=0)
+def _flag(name: str, panel: str, text: str, **more: Any) -> _Flag:
+    return _Flag(name, text, panel, more)
+
+
+def _count(name: str, panel: str, text: str, least: int = 1) -> _Flag:
+    return _Flag(name, text, panel, {"metavar": "N", "min": least})
+
+
+def _size(name: str, panel: str, text: str) -> _Flag:
+    return _Flag(name, text, panel, {"metavar": "SIZE", "parser": parse_size})
+
+
+def _seconds(name: str, text: str) -> _Flag:
+    return _Flag(name, text, _TIMES, {"metavar": "SECONDS", "min": 0})
 
 
 # By field name, in the order of the help.
 _FLAGS = {
-    "served_model_name": _flag("--served-model-name", _MODEL, "Name under which users ask for the model."),
-    "device": _flag("--device", _MODEL, "cpu, cuda, cuda:1 …; auto takes a GPU where there is one."),
-    "dtype": _flag("--dtype", _MODEL, "float32, bfloat16 or float16; auto suits the device."),
-    "threads": _flag("--threads", _MODEL, "CPU threads of one executor; 0 lets it choose.", min=0),
-    "max_model_len": _flag("--max-model-len", _MODEL, "Tokens of prompt and output together; 0: the model's.", min=0),
-    "block_size": _flag("--block-size", _MODEL, "Tokens of one cache block, a power of two.", min=1),
-    "cache_memory_bytes": _flag(
-        "--cache-memory", _MODEL, "Memory for keys and values, as 2GiB; 0: measured.", metavar="SIZE", parser=parse_size
-    ),
+    "served_model_name": _flag("--served-model-name", _MODEL, "Name that users ask for.", metavar="NAME"),
+    "device": _flag("--device", _MODEL, "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", metavar="DEVICE"),
+    "dtype": _flag("--dtype", _MODEL, "float32, bfloat16 or float16; auto suits the device.", metavar="TYPE"),
+    "threads": _count("--threads", _MODEL, "CPU threads of one executor; 0 lets it choose.", 0),
+    "max_model_len": _count("--max-model-len", _MODEL, "Tokens of prompt and output together; 0: the model's.", 0),
+    "block_size": _count("--block-size", _MODEL, "Tokens of one cache block, a power of two."),
+    "cache_memory_bytes": _size("--cache-memory", _MODEL, "Memory for keys and values, as 2GiB; 0: measured."),
     "memory_utilization": _flag(
-        "--gpu-memory-utilization", _MODEL, "Share of a GPU's memory that may be used in all.", min=0.05, max=1.0
+        "--gpu-memory-utilization", _MODEL, "Share of a GPU's memory to use in all.", metavar="SHARE", min=0.05, max=1
     ),
-    "max_num_seqs": _flag("--max-num-seqs", _LIMITS, "Requests that run at once on one executor.", min=1),
-    "max_num_batched_tokens": _flag(
-        "--max-num-batched-tokens", _LIMITS, "Tokens that one step may compute; more reads prompts faster.", min=1
+    "max_num_seqs": _count("--max-num-seqs", _LIMITS, "Requests that run at once on one executor."),
+    "max_num_batched_tokens": _count(
+        "--max-num-batched-tokens", _LIMITS, "Tokens that one step may compute; more reads prompts faster."
     ),
-    "max_waiting_requests": _flag("--max-waiting-requests", _LIMITS, "Requests that may wait in the queue.", min=1),
-    "max_waiting_tokens": _flag("--max-waiting-tokens", _LIMITS, "Prompt tokens that may wait in the queue.", min=1),
-    "max_prompt_bytes": _flag(
-        "--max-prompt-bytes", _LIMITS, "Largest text prompt, as 4MiB.", metavar="SIZE", parser=parse_size
-    ),
+    "max_waiting_requests": _count("--max-waiting-requests", _LIMITS, "Requests that may wait in the queue."),
+    "max_waiting_tokens": _count("--max-waiting-tokens", _LIMITS, "Prompt tokens that may wait in the queue."),
+    "max_prompt_bytes": _size("--max-prompt-bytes", _LIMITS, "Largest text prompt, as 4MiB."),
     "scheduler": _flag("--scheduler", _NETWORK, "Scheduler to join: host:port or unix:/path.", metavar="ADDRESS"),
     "listen": _flag("--listen", _NETWORK, "Address to serve on: host:port or unix:/path.", metavar="ADDRESS"),
-    "advertise": _flag(
-        "--advertise", _NETWORK, "Address at which the scheduler reaches this executor.", metavar="ADDRESS"
-    ),
-    "executor_id": _flag("--executor-id", _NETWORK, "Name in the fleet; keep it over restarts."),
+    "advertise": _flag("--advertise", _NETWORK, "Address at which the scheduler reaches it.", metavar="ADDRESS"),
+    "executor_id": _flag("--executor-id", _NETWORK, "Name in the fleet; keep it over restarts.", metavar="NAME"),
     "lease_s": _seconds("--lease", "Silence after which an executor counts as lost."),
     "step_timeout_s": _seconds("--step-timeout", "Least time after which a step counts as wedged."),
     "drain_timeout_s": _seconds("--drain-timeout", "How long running requests may still finish after a stop."),
-    "fake_step_us": _flag("--fake-step-us", _FAKE, "Microseconds of a step that computes nothing.", min=0),
-    "fake_token_us": _flag("--fake-token-us", _FAKE, "Microseconds that each token adds to its step.", min=0),
-    "fake_block_count": _flag("--fake-block-count", _FAKE, "Blocks in the cache.", min=1),
+    "fake_step_us": _count("--fake-step-us", _FAKE, "Microseconds of a step that computes nothing.", 0),
+    "fake_token_us": _count("--fake-token-us", _FAKE, "Microseconds that each token adds to its step.", 0),
+    "fake_block_count": _count("--fake-block-count", _FAKE, "Blocks in the cache."),
 }
 
 
-def takes_settings(
-    *configs: type, without: Collection[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes_settings(*configs: type, without: Collection[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command a flag for each setting of `configs` but those in `without`; it gets them as `settings`."""
     wanted = _settings_of(configs, {"model", *without})
     flags = [_parameter(name, *wanted[name]) for name in sorted(wanted, key=list(_FLAGS).index)]
@@ -107,7 +118,7 @@ def flags_for(config: Any) -> list[str]:
             continue
         value = getattr(config, setting.name)
         for one in value if isinstance(value, tuple) else (value,):
-            words += [_FLAGS[setting.name].param_decls[0], str(one)]
+            words += [_FLAGS[setting.name].name, str(one)]
     return words
 
 
@@ -133,5 +144,5 @@ def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
     if isinstance(default, tuple):
         kind, default = list[str], list(default)
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, _FLAGS[name]]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, _FLAGS[name].option()]
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+_OUR_PACKAGES = frozenset({"common", "executor_svc", "scheduler_svc"})
+_REFUSALS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS", "FAILED_PRECONDITION"})
+
 
 class ExitCode(IntEnum):
     """What the command's exit code means; the help of `paceline` lists them."""
@@ -30,18 +33,32 @@ def command_error(error: Exception) -> CommandError:
     """`error` as a user of the command line sees it; the SDK's own errors keep their message and remedy."""
     if isinstance(error, CommandError):
         return error
-    from paceline import PacelineError
-
-    if isinstance(error, PacelineError):
-        message = f"{error.message} (request {error.request_id})" if error.request_id else error.message
-        return CommandError(message, error.what_to_do, exit_code=_exit_code(error))
+    package = type(error).__module__.partition(".")[0]
+    if package == "paceline":
+        return _sdk_error(error)
+    if package in _OUR_PACKAGES:
+        message, _, remedy = str(error).rpartition("; ")  # our messages end with the way out
+        return CommandError(message or remedy, remedy if message else "")
     return CommandError(f"{type(error).__name__}: {error}", "run `paceline --debug …` for the traceback")
 
 
-def _exit_code(error: Exception) -> ExitCode:
-    """The exit code for an SDK error, by the gRPC status that the server answered with."""
-    status = getattr(getattr(error, "code", None), "name", "")
+def _sdk_error(error: Exception) -> CommandError:
+    """An error of the SDK; what it means here follows from the gRPC status that it stands for."""
+    from paceline import PacelineError
+
+    if not isinstance(error, PacelineError):
+        return CommandError(str(error))
+    exit_code, what_to_do = ExitCode.FAILED, error.what_to_do
+    status = error.code.name
     if status == "UNAVAILABLE":
-        return ExitCode.UNREACHABLE
-    refusals = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS", "FAILED_PRECONDITION"}
-    return ExitCode.REFUSED if status in refusals else ExitCode.FAILED
+        exit_code = ExitCode.UNREACHABLE
+        what_to_do = "start a server with `paceline serve`, or name one with --server"
+    elif status in _REFUSALS:
+        exit_code = ExitCode.REFUSED
+    if error.retry_after_s is not None:
+        what_to_do = f"try again in {error.retry_after_s:g} s"
+    elif status == "INTERNAL":
+        what_to_do = "report it with the id of the request"
+    elif status == "DEADLINE_EXCEEDED":
+        what_to_do = "allow more time with --timeout, or ask for fewer tokens with --max-tokens"
+    return CommandError(str(error), what_to_do, exit_code=exit_code)

@@ -8,17 +8,17 @@ import typer
 
 from paceline_cli import terminal
 from paceline_cli.errors import CommandError, ExitCode
+from paceline_cli.flags import DEFAULT_SERVER, flag
 
 SERVING = "SERVING"
 
 
 def health(
-    address: Annotated[str, typer.Argument(help="host:port or unix:/path.", envvar="PACELINE_SERVER")] = "localhost:50051",
-    service: Annotated[
-        str, typer.Option(help="Ask about one gRPC service only.", envvar="PACELINE_HEALTH_SERVICE")
-    ] = "",
+    address: Annotated[str, typer.Argument(help="host:port or unix:/path.")] = DEFAULT_SERVER,
+    service: Annotated[str, flag("--service", "Ask about one gRPC service only.", metavar="NAME")] = "",
     timeout: Annotated[
-        float, typer.Option(help="Seconds to wait for an answer.", min=0.1, envvar="PACELINE_HEALTH_TIMEOUT")
+        float,
+        flag("--timeout", "Time to wait for an answer.", envvar="PACELINE_HEALTH_TIMEOUT", metavar="SECONDS", min=0.1),
     ] = 3.0,
 ) -> None:
     """Ask a scheduler or an executor how it is (grpc.health.v1); exit code 0 if it serves, 3 if not.

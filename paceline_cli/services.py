@@ -3,76 +3,74 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from common.serving_folder import ServingFolder, ServingFolderError
 from executor_svc.config import ExecutorConfig
 from paceline_cli import parent, terminal
 from paceline_cli.config_flags import Settings, takes_settings
-from paceline_cli.errors import CommandError, ExitCode
+from paceline_cli.errors import CommandError, ExitCode, command_error
+from paceline_cli.flags import ExitWithParent, LogLevel, model_argument
 from scheduler_svc.config import SchedulerConfig
 
-ServingFolder = Annotated[
-    str, typer.Argument(metavar="MODEL_FOLDER", help="What `paceline prepare` printed, or 'fake'.", envvar="PACELINE_MODEL")
-]
-ExitWithParent = Annotated[
-    bool,
-    typer.Option(
-        "--exit-with-parent", help="Drain when standard input ends; report progress to it.", envvar="PACELINE_EXIT_WITH_PARENT"
-    ),
-]
+ModelFolder = Annotated[str, model_argument("What `paceline prepare` printed, or 'fake'.", metavar="MODEL_FOLDER")]
 
 
 @takes_settings(SchedulerConfig)
-def scheduler(model: ServingFolder, exit_with_parent: ExitWithParent = False, *, settings: Settings) -> None:
+def scheduler(
+    model: ModelFolder, log_level: LogLevel = "info", exit_with_parent: ExitWithParent = False, *, settings: Settings
+) -> None:
     """Run the scheduler: it takes requests from users and plans what executors compute.
 
     [dim]$[/] paceline scheduler ~/models/smollm2 --listen 0.0.0.0:50051
     """
     _check_folder(model)
     config = SchedulerConfig(model=model, **settings)
-    if exit_with_parent:
-        parent.exit_with_parent()
+    _begin("scheduler", log_level, exit_with_parent)
     from scheduler_svc.main import serve
 
-    raise typer.Exit(serve(config))
+    with _refusals():
+        exit_code = serve(config)
+    raise typer.Exit(exit_code)
 
 
 @takes_settings(ExecutorConfig)
-def executor(model: ServingFolder, exit_with_parent: ExitWithParent = False, *, settings: Settings) -> None:
-    """Run an executor: it holds the model and the cache and computes what a scheduler plans.
+def executor(
+    model: ModelFolder, log_level: LogLevel = "info", exit_with_parent: ExitWithParent = False, *, settings: Settings
+) -> None:
+    r"""Run an executor: it holds the model and the cache and computes what a scheduler plans.
 
-    [dim]$[/] paceline executor ~/models/smollm2 --scheduler 10.0.0.5:50051 --listen 0.0.0.0:50061 --advertise 10.0.0.7:50061
+    [dim]$[/] paceline executor ~/models/smollm2 --scheduler 10.0.0.5:50051 \
+        --listen 0.0.0.0:50061 --advertise 10.0.0.7:50061
     """
     _check_folder(model)
     config = ExecutorConfig(model=model, **settings)
     _calm_openmp()
-    if exit_with_parent:
-        parent.exit_with_parent()
+    _begin("executor", log_level, exit_with_parent)
     from executor_svc.main import serve
 
-    raise typer.Exit(serve(config, parent.send_progress if exit_with_parent else None))
+    with _refusals():
+        exit_code = serve(config, parent.send_progress if exit_with_parent else None)
+    raise typer.Exit(exit_code)
 
 
 def prepare(
-    source: Annotated[
-        str, typer.Argument(help="Folder, GGUF file or hub id of a model, or 'smollm2'.", envvar="PACELINE_MODEL")
-    ],
+    source: Annotated[str, model_argument("Folder, GGUF file or hub id of a model, or 'smollm2'.", metavar="SOURCE")],
     exit_with_parent: ExitWithParent = False,
 ) -> None:
     """Make a serving folder of a model, once; prints its path.
 
+    [dim]$[/] paceline prepare ./my-model
     [dim]$[/] paceline executor "$(paceline prepare smollm2)"
     """
     if exit_with_parent:
         parent.exit_with_parent()
-        from executor_svc.prepare import prepare
-
-        folder = prepare(source, progress=parent.send_progress)
-        parent.send_report(folder=str(folder.path))
+        _prepare_for_parent(source)
         return
     console = terminal.stderr()
     with terminal.activity(console, f"Preparing {source}") as report:
@@ -83,14 +81,56 @@ def prepare(
     terminal.stdout().print(str(folder.path), markup=False)
 
 
+def _prepare_for_parent(source: str) -> None:
+    """Prepare, with everything there is to say in reports."""
+    from executor_svc.prepare import prepare
+
+    try:
+        folder = prepare(source, progress=parent.send_progress)
+    except Exception as error:
+        reason = command_error(error)
+        parent.send_report(error=reason.message, what_to_do=reason.what_to_do)
+        raise
+    parent.send_report(folder=str(folder.path))
+
+
+def _begin(service: str, log_level: str, exit_with_parent: bool) -> None:
+    """Do what comes first in every service process."""
+    from common.logs import configure_logs
+
+    if log_level.lower() not in ("debug", "info", "warning", "error"):
+        raise typer.BadParameter(f"--log-level is debug, info, warning or error, got {log_level!r}")
+    configure_logs(service, log_level)
+    if exit_with_parent:
+        parent.exit_with_parent()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what a service says about its settings and its model into an exit code that nobody tries again.
+
+    A service raises `ValueError` only at its start. An address that is taken may be free the next time.
+    """
+    from common.grpc_servers import AddressError
+
+    try:
+        yield
+    except AddressError:
+        raise
+    except ValueError as error:
+        message, _, remedy = str(error).rpartition("; ")
+        raise CommandError(message or remedy, remedy if message else "", exit_code=ExitCode.USAGE) from error
+
+
 def _check_folder(model: str) -> None:
     """Refuse at once what cannot be served: a supervisor does not try a wrong command line again."""
-    if model != "fake" and not Path(model).is_dir():
-        raise CommandError(
-            f"{model!r} is not a serving folder",
-            f"make one with: paceline prepare {model}",
-            exit_code=ExitCode.USAGE,
-        )
+    if model == "fake":
+        return
+    try:
+        ServingFolder.open(model)
+    except ServingFolderError as error:
+        message, _, remedy = str(error).rpartition("; ")
+        raise CommandError(message, remedy, exit_code=ExitCode.USAGE) from error
 
 
 def _calm_openmp() -> None:

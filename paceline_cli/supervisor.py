@@ -20,6 +20,7 @@ from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.parent import parse_report
 
 _POLL_S = 0.05
+_MOMENT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,18 +180,24 @@ class Supervisor:
     def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Ask the children to finish and wait until they have; kill what is left after `timeout_s`, or on `hurry`.
 
-        The first child is asked first, the others when it is gone: it needs them to finish its work. Returns
-        whether all of them ended by themselves.
+        The first child is asked first, because it needs the others to finish its work. When it is gone they have
+        nothing left to do, and a moment to leave. Returns whether the first ended by itself.
         """
-        deadline = time.monotonic() + timeout_s
-        for group in (self._children[:1], self._children[1:]):
-            for child in group:
-                child.signal(signal.SIGTERM)
-            while any(self._is_alive(child) for child in group):
-                if time.monotonic() >= deadline or hurry():
-                    self.kill()
-                    return False
-                time.sleep(_POLL_S)
+        first, others = self._children[:1], self._children[1:]
+        finished = self._end(first, time.monotonic() + timeout_s, hurry)
+        if finished:
+            self._end(others, time.monotonic() + _MOMENT_S, hurry)
+        self.kill()
+        return finished
+
+    def _end(self, children: Sequence[Child], deadline: float, hurry: Callable[[], bool]) -> bool:
+        """Ask `children` to end; whether they did in time."""
+        for child in children:
+            child.signal(signal.SIGTERM)
+        while any(self._is_alive(child) for child in children):
+            if time.monotonic() >= deadline or hurry():
+                return False
+            time.sleep(_POLL_S)
         return True
 
     def kill(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,7 +36,7 @@ def print_error(error: CommandError) -> None:
 class ReportsPhase(Protocol):
     """Called with what is being done now and which share of that is over, 0 to 1."""
 
-    def __call__(self, phase: str, fraction: float) -> None: ...
+    def __call__(self, phase: str, fraction: float, /) -> None: ...
 
 
 @contextmanager
@@ -69,7 +69,17 @@ class _PhaseLines:
         self._phase = ""
         self(phase, 0.0)
 
-    def __call__(self, phase: str, fraction: float) -> None:
+    def __call__(self, phase: str, _fraction: float) -> None:
         if phase != self._phase:
             self._phase = phase
             self._console.print(f"{escape(phase)} …")
+
+
+def usage_line(output: Any, elapsed_s: float) -> str:
+    """What an answer used, faintly."""
+    count = len(output.token_ids)
+    parts = [f"{output.usage.prompt_token_count} + {count} tokens"]
+    if output.usage.first_token_us:
+        parts.append(f"first after {output.usage.first_token_us / 1000:.0f} ms")
+    parts.append(f"{count / max(elapsed_s, 1e-9):.0f} tokens/s")
+    return f"[dim]{' · '.join(parts)} · {output.finish_reason}[/]"

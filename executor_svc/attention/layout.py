@@ -142,9 +142,7 @@ class StepLayout:
             bias = None
             if is_padding.any():
                 bias = self._tensor(np.where(is_padding, np.float32(-np.inf), np.float32(0)))[:, None, None, :]
-            yield DecodeGroup(
-                self._tensor(self._query_start[group]), self._head_index(slots, head_count), bias, count
-            )
+            yield DecodeGroup(self._tensor(self._query_start[group]), self._head_index(slots, head_count), bias, count)
 
     def _prompt_parts(self, row: int, visibility: Visibility, head_count: int) -> Iterator[PromptPart]:
         past, length, base = (int(a[row]) for a in (self._past, self._query_lengths, self._query_start))

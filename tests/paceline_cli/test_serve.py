@@ -54,7 +54,7 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path) -> Iterator[Served]:
-    running = Served(tmp_path / "printed", "--demo", "--executors", "2")
+    running = Served(tmp_path / "printed", "--demo", "--executors", "2", "--drain-timeout", "2")
     yield running
     if running.process.poll() is None:
         running.process.kill()  # the children drain by themselves

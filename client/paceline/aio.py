@@ -1,0 +1,298 @@
+"""The client for programs with asyncio: what `paceline.client` does, awaited."""
+
+import asyncio
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, Unpack, cast, overload
+
+import grpc
+
+from paceline._answer import Answer, model_of
+from paceline._batch import Batch, BatchPrompt, OnError, OnProgress
+from paceline._calls import CHANNEL_OPTIONS, Attempts, metadata
+from paceline._requests import generate_request
+from paceline.errors import Cancelled, PacelineError, error_of_call
+from paceline.types import Chunk, Message, Model, Options, Output, Prompt
+from paceline.v1 import inference_pb2 as pb
+from paceline.v1.inference_pb2_grpc import InferenceServiceStub
+
+if TYPE_CHECKING:
+    from paceline.v1.inference_pb2_grpc import InferenceServiceAsyncStub  # exists for type checkers only
+
+_Reply = TypeVar("_Reply", covariant=True)
+
+
+class _Call(Protocol):
+    """A running `Generate`."""
+
+    async def read(self) -> object: ...  # a GenerateResponse or grpc.aio.EOF
+    def cancel(self) -> bool: ...
+
+
+class _Start(Protocol[_Reply]):
+    """Makes one attempt at a call whose request and metadata are set."""
+
+    def __call__(self, *, timeout: float | None) -> _Reply: ...
+
+
+@contextmanager
+def _local_cancel_as_error(request_id: str) -> Iterator[None]:
+    """Turn what grpc.aio raises for a call that was cancelled here into `Cancelled`.
+
+    It raises `CancelledError`, which asyncio keeps for a task that is itself cancelled.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        raise Cancelled("the stream or its client was closed", grpc.StatusCode.CANCELLED, request_id) from None
+
+
+class AsyncStream(Answer):
+    """The answer to one request as it is computed: iterate over it with `async for` for its chunks.
+
+    Leaving the `async with` before the last chunk cancels the request, and so do `close`, dropping the stream, and
+    cancelling the task that reads it. An error ends the iteration; `text` still has what came before it.
+    """
+
+    def __init__(self, start: _Start[_Call], request_id: str, attempts: Attempts) -> None:
+        super().__init__(request_id, attempts)
+        self._start = start
+        self._is_closed = False
+        self._call = start(timeout=attempts.remaining_s)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            try:
+                with _local_cancel_as_error(self.request_id):
+                    message = await self._call.read()
+            except grpc.RpcError as failure:
+                if self._output is not None:
+                    raise StopAsyncIteration from None  # everything had come before the connection broke
+                await self._start_again(self._wait_s(failure))
+                continue
+            if message is grpc.aio.EOF:
+                self._check_complete()
+                raise StopAsyncIteration
+            chunk = self._add(cast(pb.GenerateResponse, message))
+            if chunk is not None:
+                return chunk
+
+    async def result(self) -> Output:
+        """Read on to the end, and return the whole answer."""
+        async with self:
+            async for _ in self:
+                pass
+        return self.output
+
+    async def close(self) -> None:
+        """Cancel the request if it still runs; a task that waits for its next chunk gets `Cancelled`."""
+        self._is_closed = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_call"):
+            with suppress(RuntimeError):  # the event loop is closed, and the call with it
+                self._call.cancel()
+
+    async def _start_again(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        if self._is_closed:
+            raise Cancelled("the stream was closed", grpc.StatusCode.CANCELLED, self.request_id)
+        self._call = self._start(timeout=self._attempts.remaining_s)
+
+
+class AsyncClient:
+    """A connection to one server; any number of tasks of one event loop may share it.
+
+    It may be made outside the event loop, and belongs to the one in which it is first used.
+    `target` is `host:port` or `unix:/path`; it is dialled when it is first needed. `model` is the name of the model
+    that every request asks for; None takes the one served there. `timeout_s` holds for every call that names none of
+    its own, over all of its attempts; None waits without limit. A call that meets a full or unreachable server is
+    tried again up to `max_retries` times, with growing waits, as long as nothing of its answer has come.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        max_retries: int = 4,
+    ) -> None:
+        self._target = target
+        self._model = model
+        self._timeout_s = timeout_s
+        self._max_retries = max_retries
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[True] = True,
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncStream: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[False], timeout_s: float | None = None, **options: Unpack[Options]
+    ) -> Coroutine[Any, Any, Output]: ...
+    def generate(
+        self, prompt: Prompt, *, stream: bool = True, timeout_s: float | None = None, **options: Unpack[Options]
+    ) -> AsyncStream | Coroutine[Any, Any, Output]:
+        """Continue a prompt: a stream of chunks for `async for`, or with `stream=False` the whole output to `await`.
+
+        `options` are those of `paceline.types.Options`: max_output_tokens, temperature, top_k, top_p, min_p, seed,
+        stop, stop_token_ids, ignore_eos, request_id. The request starts now; its errors come while it is read, except
+        `InvalidRequest` for what cannot be sent. Errors: see `paceline.errors`.
+        """
+        answer = self._generate(generate_request(prompt, model=self._model, **options), timeout_s)
+        return answer if stream else answer.result()
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[True] = True,
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncStream: ...
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[False],
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> Coroutine[Any, Any, Output]: ...
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: bool = True,
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncStream | Coroutine[Any, Any, Output]:
+        """Let the model speak next in a conversation, oldest message first; a `str` is one message of the user.
+
+        Like `generate` in everything else. `InvalidRequest` if the model has no chat template.
+        """
+        answer = self._generate(generate_request(messages=messages, model=self._model, **options), timeout_s)
+        return answer if stream else answer.result()
+
+    @overload
+    async def generate_batch(
+        self,
+        prompts: Iterable[BatchPrompt],
+        *,
+        on_progress: OnProgress | None = None,
+        on_error: Literal["raise"] = "raise",
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> list[Output]: ...
+    @overload
+    async def generate_batch(
+        self,
+        prompts: Iterable[BatchPrompt],
+        *,
+        on_progress: OnProgress | None = None,
+        on_error: Literal["return"],
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> list[Output | PacelineError]: ...
+    async def generate_batch(
+        self,
+        prompts: Iterable[BatchPrompt],
+        *,
+        on_progress: OnProgress | None = None,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> list[Output] | list[Output | PacelineError]:
+        """Continue many prompts; returns their outputs in the order of the prompts.
+
+        A prompt is text, token ids, a conversation, or a dict of the arguments of `generate`, which go before
+        `options`. The server takes them as it has room, so a batch may have any size. `on_progress` is called with the
+        number of requests done and of all requests, after each one. `timeout_s` is for the whole batch.
+
+        One request's error does not touch the others. With `on_error="raise"` the first error is raised as soon as it
+        is known, and the rest is cancelled since nobody would get it; with `"return"` the error stands in the place
+        of the output. If the connection breaks, the outputs so far are kept and only the other requests are sent
+        again.
+        """
+        attempts = self._attempts(timeout_s)
+        batch = Batch(prompts, {"model": self._model, **options}, attempts, on_progress, on_error)
+        trace = metadata()
+        while not batch.is_done:
+            failure: grpc.RpcError | None = None
+            call = self._stub.GenerateBatch(iter(batch.messages()), timeout=attempts.remaining_s, metadata=trace)
+            try:
+                with _local_cancel_as_error(""):
+                    async for message in call:
+                        batch.add(message)
+            except grpc.RpcError as error:
+                failure = error
+            finally:
+                call.cancel()
+            await asyncio.sleep(batch.wait_s(failure))
+        return batch.outcomes()
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request by id; its reader gets `Cancelled`. A request that is unknown or has ended is left alone."""
+        request = pb.CancelRequest(request_id=request_id)
+        await self._try(partial(self._stub.Cancel, request, metadata=metadata()), request_id)
+
+    async def model(self) -> Model:
+        """Describe the model served there: its name and its limits."""
+        reply = await self._try(partial(self._stub.GetModel, pb.GetModelRequest(), metadata=metadata()))
+        return model_of(reply.model)
+
+    async def close(self) -> None:
+        """Close the connection; requests that still run are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        asyncio.get_running_loop()  # a channel belongs to the loop in which it is made: none running is a mistake
+        return grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+
+    @cached_property
+    def _stub(self) -> "InferenceServiceAsyncStub":
+        return InferenceServiceStub(self._channel)
+
+    def _generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
+        start = partial(self._stub.Generate, request, metadata=metadata())
+        return AsyncStream(start, request.request_id, self._attempts(timeout_s))
+
+    async def _try(self, start: _Start[Awaitable[_Reply]], request_id: str = "") -> _Reply:
+        """Make a call that may be repeated at will."""
+        attempts = self._attempts(None)
+        while True:
+            try:
+                with _local_cancel_as_error(request_id):
+                    return await start(timeout=attempts.remaining_s)
+            except grpc.RpcError as failure:
+                await asyncio.sleep(attempts.wait_s(error_of_call(failure, request_id)))
+
+    def _attempts(self, timeout_s: float | None) -> Attempts:
+        return Attempts(self._timeout_s if timeout_s is None else timeout_s, self._max_retries)

@@ -1,0 +1,99 @@
+"""The values that go into a request and come out of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias, TypedDict
+
+Message: TypeAlias = Mapping[str, str]
+"""One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""What to continue: text, token ids, or a conversation, oldest message first."""
+
+
+class Options(TypedDict, total=False):
+    """How a prompt is continued. What is left out or None has the default of the model, else that of the server."""
+
+    max_output_tokens: int | None
+    """Tokens to generate at most, at least 1. Default: 256, or what the context length leaves."""
+
+    temperature: float | None
+    """Divides the logits, 0 to 100; 0 always takes the most likely token. Default: 0, unless the model samples."""
+
+    top_k: int | None
+    """Keeps the `top_k` most likely tokens; 0, the default, keeps all."""
+
+    top_p: float | None
+    """Keeps the most likely tokens whose probabilities together reach `top_p`, in (0, 1]. Default: 1, all."""
+
+    min_p: float | None
+    """Keeps tokens at least `min_p` times as likely as the most likely one, 0 to 1. Default: 0, all."""
+
+    seed: int | None
+    """Makes sampling repeatable, 0 to 2**64 - 1. Default: another one for each request."""
+
+    stop: str | Sequence[str]
+    """Texts that end the request, at most 16; the text you receive ends before the first of them."""
+
+    stop_token_ids: Sequence[int]
+    """Token ids that end the request beside those of the model, at most 64; the token itself is delivered."""
+
+    ignore_eos: bool
+    """Goes on where the model would end. For measurements."""
+
+    request_id: str | None
+    """Id to cancel the request by and to find it in logs and traces: 1 to 128 printable ASCII characters without
+    spaces, unique among running requests. Default: a new one."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # the model ended its answer, or a stop text or stop token id came
+    LENGTH = "length"  # max_output_tokens was reached
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request used."""
+
+    prompt_token_count: int
+    output_token_count: int
+    queue_us: int  # from acceptance until an executor took the request
+    first_token_us: int  # from acceptance until the first token
+    total_us: int  # from acceptance until the end
+    recomputation_count: int  # times the request gave its cache blocks back, or lost its executor, and was recomputed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of the answer."""
+
+    text: str  # new text; empty while a character or a possible stop text is incomplete
+    token_ids: tuple[int, ...]  # new tokens; the last chunk includes the token that ended the request
+    finish_reason: FinishReason | None = None  # set in the last chunk only
+    usage: Usage | None = None  # set in the last chunk only
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The whole answer to one request."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model that a server serves, and its limits."""
+
+    name: str
+    context_length: int  # tokens of prompt and output together; 0 while no executor has joined
+    vocabulary_size: int  # token ids are below it; 0 while no executor has joined
+    end_token_ids: tuple[int, ...]  # with which the model ends its answer
+    has_chat_template: bool  # whether `chat` works
+    executor_count: int  # executors that serve it now

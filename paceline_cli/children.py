@@ -1,0 +1,95 @@
+"""Which processes `paceline serve` runs on one machine, and how they find each other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from executor_svc.config import ExecutorConfig
+from paceline_cli.config_flags import Settings, flags_for
+from paceline_cli.supervisor import ChildCommand
+from scheduler_svc.config import SchedulerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is to share between executors."""
+
+    core_count: int
+    gpu_count: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """What this process may use here; found without torch, which takes seconds to import."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            gpu_count = sum(1 for entry in Path("/dev").glob("nvidia*") if entry.name[6:].isdigit())
+        else:
+            gpu_count = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+        affinity = getattr(os, "sched_getaffinity", None)
+        return cls(len(affinity(0)) if affinity else os.cpu_count() or 1, gpu_count)
+
+
+def paceline_command(verb: str, *words: str) -> tuple[str, ...]:
+    """A command line of this same program for a child process."""
+    return (sys.executable, "-m", "paceline_cli", verb, *words, "--exit-with-parent")
+
+
+def scheduler_child(
+    folder: str, sockets: Path, public_address: str, settings: Settings, more_words: Sequence[str] = ()
+) -> ChildCommand:
+    """The scheduler: executors reach it over a socket in `sockets`, users at `public_address`."""
+    config = SchedulerConfig(
+        model=folder, listen=(scheduler_socket(sockets), public_address), **_part(SchedulerConfig, settings)
+    )
+    return ChildCommand("scheduler", paceline_command("scheduler", folder, *flags_for(config), *more_words))
+
+
+def executor_children(
+    folder: str, sockets: Path, count: int, settings: Settings, machine: Machine, more_words: Sequence[str] = ()
+) -> list[ChildCommand]:
+    """`count` executors that share the cores and the GPUs of this machine."""
+    children = []
+    for index in range(count):
+        name = f"executor-{index}"
+        shared = _part(ExecutorConfig, settings) | _share(index, count, settings, machine)
+        config = ExecutorConfig(
+            model=folder,
+            scheduler=scheduler_socket(sockets),
+            listen=f"unix:{sockets}/{name}.sock",
+            executor_id=name,
+            **shared,
+        )
+        children.append(ChildCommand(name, paceline_command("executor", folder, *flags_for(config), *more_words)))
+    return children
+
+
+def scheduler_socket(sockets: Path) -> str:
+    """Where the scheduler listens for the executors of this machine."""
+    return f"unix:{sockets}/scheduler.sock"
+
+
+def _share(index: int, count: int, settings: Settings, machine: Machine) -> Settings:
+    """The part of the machine that executor `index` of `count` takes, where the user did not say.
+
+    Example: 4 executors on 8 cores and 2 GPUs get 2 threads each; the first and the third share `cuda:0`, and each of
+    them takes half of what one alone would take of its memory.
+    """
+    if count == 1:
+        return {}
+    share: Settings = {"threads": settings["threads"] or max(1, machine.core_count // count)}
+    if machine.gpu_count and settings["device"] in ("auto", "cuda"):
+        share["device"] = f"cuda:{index % machine.gpu_count}"
+        neighbour_count = len(range(index % machine.gpu_count, count, machine.gpu_count))
+        share["memory_utilization"] = settings["memory_utilization"] / neighbour_count
+    return share
+
+
+def _part(config: type, settings: Settings) -> dict[str, Any]:
+    """Those of `settings` that `config` has."""
+    names = {setting.name for setting in fields(config)}
+    return {name: value for name, value in settings.items() if name in names}

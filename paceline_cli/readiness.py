@@ -1,0 +1,73 @@
+"""Whether a server takes requests yet, and what to say when it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+
+_DEFAULT_PORT = ":50051"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is served, for people."""
+
+    name: str
+    context_length: int
+    executor_count: int
+    has_chat_template: bool
+
+
+class ReadinessProbe:
+    """Asks the scheduler whether an executor has joined."""
+
+    def __init__(self, address: str) -> None:
+        import grpc
+
+        from paceline.v1.inference_pb2_grpc import InferenceServiceStub
+
+        # The server is expected any moment: look for it often.
+        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 300)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._stub = InferenceServiceStub(self._channel)
+
+    def __enter__(self) -> ReadinessProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def look(self, timeout_s: float = 1.0) -> ServedModel | None:
+        """What is served; None while there is nobody to serve it."""
+        import grpc
+
+        from paceline.v1.inference_pb2 import GetModelRequest
+
+        try:
+            model = self._stub.GetModel(GetModelRequest(), timeout=timeout_s).model
+        except grpc.RpcError:
+            return None
+        if not model.executor_count:
+            return None
+        return ServedModel(model.name, model.context_length, model.executor_count, model.has_chat_template)
+
+
+def print_ready(console: Console, served: ServedModel, address: str, wanted_count: int) -> None:
+    """One line with the address, then how to talk to it."""
+    executors = "1 executor" if wanted_count == 1 else f"{served.executor_count} of {wanted_count} executors"
+    facts = f"{served.name} · {served.context_length:,} tokens of context · {executors}"
+    console.print(f"[bold green]Paceline is ready at {address}[/]  [dim]{escape(facts)}[/]")
+    server = "" if address.endswith(_DEFAULT_PORT) else f" --server {address}"
+    verb = "chat" if served.has_chat_template else "generate 'The capital of France is'"
+    console.print(f"""
+  [cyan]paceline {verb}{server}[/]
+
+  [cyan]from paceline import Client
+  with Client("{address}") as client:
+      for chunk in client.generate("The capital of France is", max_output_tokens=16):
+          print(chunk.text, end="", flush=True)[/]
+
+  [dim]Ctrl-C stops it.[/]
+""")

@@ -1,0 +1,165 @@
+"""The step stream as raw messages: what an executor accepts, and what it refuses."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from executor_svc.config import ExecutorConfig
+from executor_svc.executor import Executor
+from executor_svc.fake import FakeRunner, next_token
+from executor_svc.service import ExecutorService, ModelThread
+from paceline.internal.v1 import executor_pb2 as pb
+from paceline.internal.v1 import executor_pb2_grpc
+from tests.executor_svc.test_executor import first_plan, start, tokens_of
+
+INCARNATION = 7
+
+
+@asynccontextmanager
+async def served(step_us=0.0):
+    """An executor with the fake model behind a real server; yields a stub."""
+    config = ExecutorConfig(model="fake", block_size=4, fake_block_count=8, max_num_seqs=4, fake_step_us=step_us)
+    thread = ModelThread(Executor(FakeRunner(config)), asyncio.get_running_loop())
+    server = grpc.aio.server()
+    service = ExecutorService(thread, INCARNATION, on_broken=lambda message: None)
+    executor_pb2_grpc.add_ExecutorServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield executor_pb2_grpc.ExecutorServiceStub(channel)
+    await server.stop(0)
+    thread.stop()
+
+
+def attach_message(epoch=5, scheduler_id="s", incarnation=INCARNATION, version=1):
+    request = pb.AttachRequest(protocol_version=version, scheduler_id=scheduler_id)
+    return pb.SchedulerMessage(epoch=epoch, incarnation=incarnation, attach=request)
+
+
+def plan_message(plan, epoch=5, incarnation=INCARNATION):
+    return pb.SchedulerMessage(epoch=epoch, incarnation=incarnation, plan=plan)
+
+
+async def attach(stub, **values):
+    call = stub.Attach()
+    await call.write(attach_message(**values))
+    message = await call.read()
+    assert message.WhichOneof("message") == "attached"
+    assert (message.epoch, message.incarnation) == (values.get("epoch", 5), INCARNATION)
+    return call
+
+
+async def refusal(call):
+    """The status that the executor ended the call with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    return caught.value.code(), caught.value.details()
+
+
+async def test_runs_plans_and_reports_where_the_time_went():
+    """One result for each plan, with the phases of the step: what traces and the idle share are made of."""
+    async with served(step_us=2000) as stub:
+        call = await attach(stub)
+        await call.write(plan_message(first_plan(start(0, [1], [0]))))
+        result = (await call.read()).result
+
+    assert tokens_of(result) == [next_token([1])]
+    assert result.timings.forward_us >= 2000
+
+
+async def test_a_new_attachment_starts_empty():
+    """Slots live as long as their attachment; a scheduler that comes back must not meet what it does not know."""
+    async with served() as stub:
+        first = await attach(stub)
+        await first.write(plan_message(first_plan(start(0, [1], [0]))))
+        await first.read()
+        await first.done_writing()
+        assert await first.read() is grpc.aio.EOF
+        second = await attach(stub)
+        await second.write(plan_message(first_plan(start(0, [2], [0]))))
+
+        assert tokens_of((await second.read()).result) == [next_token([2])]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"epoch": 4}, "epoch 4 of scheduler 's' is stale: scheduler 's' is attached with epoch 5"),
+        ({"scheduler_id": "other"}, "epoch 5 of scheduler 'other' is stale"),
+        ({"incarnation": 8}, "incarnation 8 is not the 7 of this executor"),
+        ({"version": 2}, "protocol version 2 is not the 1 of this executor"),
+    ],
+)
+async def test_refuses_a_stale_scheduler_and_leaves_the_attached_one_alone(values, reason):
+    """Two schedulers that drive one cache would corrupt both; the executor owns the cache and therefore decides."""
+    async with served() as stub:
+        owner = await attach(stub)
+        intruder = stub.Attach()
+        await intruder.write(attach_message(**values))
+        code, details = await refusal(intruder)
+        await owner.write(plan_message(first_plan(start(0, [1], [0]))))
+
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert reason in details
+        assert tokens_of((await owner.read()).result) == [next_token([1])]
+
+
+@pytest.mark.parametrize("epoch", [5, 6])
+async def test_a_newer_attachment_takes_over(epoch):
+    """A scheduler whose stream broke, or that restarted, must not wait for the old stream to time out."""
+    async with served() as stub:
+        old = await attach(stub)
+        new = await attach(stub, epoch=epoch)
+        code, _ = await refusal(old)
+        await new.write(plan_message(first_plan(start(0, [1], [0])), epoch=epoch))
+
+        assert code is grpc.StatusCode.ABORTED
+        assert tokens_of((await new.read()).result) == [next_token([1])]
+
+
+@pytest.mark.parametrize("values", [{"epoch": 4}, {"epoch": 6}, {"incarnation": 8}])
+async def test_refuses_a_plan_that_was_meant_for_somebody_else(values):
+    """A message of another epoch or incarnation belongs to another life of one side: nothing of it may happen."""
+    async with served() as stub:
+        call = await attach(stub)
+        await call.write(plan_message(first_plan(start(0, [1], [0])), **values))
+
+        assert (await refusal(call))[0] is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_refuses_a_third_plan_without_a_result():
+    """The credit bounds what lies in the queue; a scheduler that ignores it has lost count."""
+    async with served(step_us=50_000) as stub:
+        call = await attach(stub)
+        await call.write(plan_message(first_plan(start(0, [1], [0]))))
+        for step in (2, 3):
+            await call.write(plan_message(pb.Plan(step=step, sampling_row_count=1)))
+        code, details = await refusal(call)
+
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "plan 3 is the third without a result" in details
+
+
+async def test_a_contradicting_plan_ends_the_attachment_and_not_the_process():
+    """A bug of one side must not cost the loaded model."""
+    async with served() as stub:
+        call = await attach(stub)
+        await call.write(plan_message(pb.Plan(step=3)))
+        code, details = await refusal(call)
+        again = await attach(stub)
+        await again.write(plan_message(first_plan(start(0, [1], [0]))))
+
+        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "plan of step 3, but step 1 is next")
+        assert tokens_of((await again.read()).result) == [next_token([1])]
+
+
+async def test_refuses_a_stream_that_does_not_begin_with_attach():
+    """Without an epoch there is no fence."""
+    async with served() as stub:
+        call = stub.Attach()
+        await call.write(plan_message(pb.Plan(step=1)))
+
+        assert (await refusal(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
