@@ -93,18 +93,24 @@ class ExecutorApp:
         """
         keeping = asyncio.create_task(self._membership.keep())
         events = [asyncio.create_task(event.wait()) for event in (stopping, self.broken)]
-        await asyncio.wait((keeping, *events), return_when=asyncio.FIRST_COMPLETED)
-        if stopping.is_set() and not keeping.done():
-            await self._drain(keeping)
-        for task in (keeping, *events):
-            task.cancel()
-        (outcome, *_) = await asyncio.gather(keeping, *events, return_exceptions=True)
-        await self._server.stop()
+        try:
+            await asyncio.wait((keeping, *events), return_when=asyncio.FIRST_COMPLETED)
+            if stopping.is_set() and not keeping.done():
+                await self._drain(keeping)
+        finally:
+            for task in (keeping, *events):
+                task.cancel()
+            (outcome, *_) = await asyncio.gather(keeping, *events, return_exceptions=True)
+            await self._server.stop()
+            self._thread.stop()
         if self.broken.is_set():
             raise BrokenDeviceError("the device does not work any more")
-        self._thread.stop()
         if isinstance(outcome, Exception):
             raise outcome
+
+    def join_thread(self) -> None:
+        """Wait for the step that runs now, so that the interpreter does not go away under it."""
+        self._thread.join()
 
     async def _drain(self, keeping: asyncio.Task[None]) -> None:
         """Take nothing new; wait until the scheduler detaches because nothing is left, or for as long as is allowed.
@@ -142,4 +148,5 @@ async def _serve(config: ExecutorConfig, runner: Runner) -> int:
     except BrokenDeviceError as error:
         log.error("the process ends", reason=str(error))
         os._exit(1)  # the device may never give its thread back: do not wait for it
+    await asyncio.to_thread(app.join_thread)
     return 0

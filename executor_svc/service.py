@@ -57,8 +57,11 @@ class ModelThread:
         self._plans.put((attachment, plan, time.perf_counter()))
 
     def stop(self) -> None:
-        """End after the plan that runs now."""
+        """End after the plan that runs now, some time soon."""
         self._plans.put(None)
+
+    def join(self) -> None:
+        """Wait for the end."""
         self._thread.join()
 
     def _run(self) -> None:

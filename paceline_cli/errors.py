@@ -50,8 +50,11 @@ def _sdk_error(error: Exception) -> CommandError:
         return CommandError(str(error))
     exit_code, what_to_do = ExitCode.FAILED, error.what_to_do
     status = error.code.name
+    message = str(error)
     if status == "UNAVAILABLE":
         exit_code = ExitCode.UNREACHABLE
+        if "failed to connect" in message:  # gRPC's own words name every address that a name stands for
+            message = f"no server answers: {error.message.rpartition(': ')[2]}"
         what_to_do = "start a server with `paceline serve`, or name one with --server"
     elif status in _REFUSALS:
         exit_code = ExitCode.REFUSED
@@ -61,4 +64,4 @@ def _sdk_error(error: Exception) -> CommandError:
         what_to_do = "report it with the id of the request"
     elif status == "DEADLINE_EXCEEDED":
         what_to_do = "allow more time with --timeout, or ask for fewer tokens with --max-tokens"
-    return CommandError(str(error), what_to_do, exit_code=exit_code)
+    return CommandError(message, what_to_do, exit_code=exit_code)

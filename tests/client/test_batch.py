@@ -80,6 +80,15 @@ def test_sends_a_request_again_that_met_a_draining_server(client, server):
     assert [message.index for message in server.batches[1]] == [1]
 
 
+def test_an_error_tells_what_happened_last(client, server):
+    """A request that met a draining server first and a failing one then failed of the latter."""
+    server.batch_scripts.append(lambda messages: [failed(messages[0], grpc.StatusCode.UNAVAILABLE)])
+    server.batch_scripts.append(lambda messages: [Fail(grpc.StatusCode.INTERNAL)])
+
+    with pytest.raises(ServerError):
+        client.generate_batch(["a"])
+
+
 def test_raises_the_first_error_by_default(client, server):
     """A mistake in a batch must not be found hours later among its outputs."""
     server.batch_scripts.append(

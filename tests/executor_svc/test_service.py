@@ -31,6 +31,7 @@ async def served(step_us=0.0):
         yield executor_pb2_grpc.ExecutorServiceStub(channel)
     await server.stop(0)
     thread.stop()
+    thread.join()
 
 
 def attach_message(epoch=5, scheduler_id="s", incarnation=INCARNATION, version=1):
