@@ -16,6 +16,7 @@ from executor_svc.packed_model import PackedModel
 from executor_svc.sampler import NonFiniteLogitsError, sample
 
 _CPU_CACHE_LIMIT = 4 << 30
+_TRIAL_DECODE_LENGTH = 1024  # longer rows take a CPU seconds, and no more memory: groups of rows have a limit
 
 
 class StepError(RuntimeError):
@@ -86,6 +87,12 @@ class TorchRunner:
             token_ids = self._sample(logits, batch)
         return StepOutput(token_ids, forward_done - started, perf_counter() - forward_done)
 
+    def check_device(self) -> None:
+        """Compute something that cannot fail; raises when the device does not work any more."""
+        ones = torch.ones(16, 16, device=self._model.device)
+        if not bool((ones @ ones == 16).all()):
+            raise StepError(f"device '{self._model.device}' multiplies ones to something else; replace this executor")
+
     def _sample(self, logits: torch.Tensor, batch: StepBatch) -> IntArray:
         if not len(batch.sampling):
             return np.empty(0, dtype=np.int64)
@@ -143,7 +150,9 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
     pool = PagedPool(model.traits.shapes, 1, config.block_size, model.traits.cache_dtype, model.device)
     prompt_lengths = _split(config.max_num_batched_tokens, loaded.context_length)
     slot_count = config.max_num_seqs
-    decode_length = max(1, min(loaded.context_length, model.traits.group_token_limit // slot_count, _DECODE_LENGTH))
+    decode_length = max(
+        1, min(loaded.context_length, model.traits.group_token_limit // slot_count, _TRIAL_DECODE_LENGTH)
+    )
     for query_lengths, context_lengths in (
         (prompt_lengths, prompt_lengths),
         (np.ones(slot_count, dtype=np.int64), np.full(slot_count, decode_length)),
@@ -154,9 +163,6 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
             token_ids = torch.zeros(int(query_lengths.sum()), dtype=torch.int64, device=model.device)
             rows = torch.arange(min(slot_count, len(token_ids)), device=model.device)
             model.logits(token_ids, layout, pool, rows).float().argmax(-1).cpu()
-
-
-_DECODE_LENGTH = 1024  # longer rows would take a CPU seconds and are bounded by the groups' scratch memory anyway
 
 
 def _split(total: int, limit: int) -> IntArray:

@@ -20,6 +20,11 @@ class Capacity:
     slot_count: int  # requests at once
     step_token_count: int  # tokens one step may compute, at least slot_count
 
+    @property
+    def token_count(self) -> int:
+        """Tokens that the cache holds."""
+        return self.block_size * self.block_count
+
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:

@@ -24,6 +24,8 @@ class Scheduler:
         self.executors: dict[str, Executor] = {}
         self._requests: dict[str, Request] = {}  # by id; every request that is not FINISHED
         self._waiting = WaitingQueue()
+        self._stranded: set[Request] = set()  # WAITING; no executor that is here now could ever hold them
+        self._largest: Capacity | None = None  # of all executors that ever joined
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; may still hold requests that ended
         self._arrival_count = 0
         self._attempt_count = 0
@@ -33,7 +35,7 @@ class Scheduler:
     @property
     def waiting_count(self) -> int:
         """Requests that wait to be placed."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._stranded)
 
     @property
     def waiting_token_count(self) -> int:
@@ -52,8 +54,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Accept a request; from here on it is not lost.
 
-        Raises `NeverFitsError` with the arithmetic when no executor could hold it even alone. With no executor at
-        all it waits.
+        Raises `NeverFitsError` with the arithmetic when no executor that ever joined could hold it even alone. Before
+        the first has joined it waits.
         """
         self._check_fits(request)
         request.arrival = self._arrival_count
@@ -64,9 +66,9 @@ class Scheduler:
             heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
 
     def _check_fits(self, request: Request) -> None:
-        if not self.executors or any(executor.could_ever_hold(request) for executor in self.executors.values()):
+        largest = self._largest
+        if largest is None or blocks_for(request.cache_limit, largest.block_size) <= largest.block_count:
             return
-        largest = max(self.executors.values(), key=lambda e: e.capacity.block_count * e.capacity.block_size).capacity
         needed = blocks_for(request.cache_limit, largest.block_size)
         raise NeverFitsError(
             f"request '{request.request_id}' needs up to {needed} cache blocks of {largest.block_size} tokens "
@@ -88,7 +90,9 @@ class Scheduler:
             request.state = RequestState.FINISHED
         else:
             request.state = RequestState.FINISHED
-            if not self._is_unsettled(request):
+            if request in self._stranded:
+                self._stranded.remove(request)
+            elif not self._is_unsettled(request):
                 self._waiting.note_ended(request)
         del request.token_ids[request.prompt_count + output_count :]
         request.finish_reason = reason
@@ -115,6 +119,11 @@ class Scheduler:
         """Take up an executor that is attached and empty."""
         assert executor_id not in self.executors, f"executor {executor_id!r} joined twice"
         self.executors[executor_id] = Executor(executor_id, capacity)
+        if self._largest is None or capacity.token_count > self._largest.token_count:
+            self._largest = capacity
+        for request in self._stranded:
+            self._waiting.push(request)
+        self._stranded.clear()
 
     def drain(self, executor_id: str) -> None:
         """Place nothing new on an executor; what runs there goes on."""
@@ -158,12 +167,19 @@ class Scheduler:
         return _seal(executor, decoding, started, chunks, appended + more)
 
     def _place(self, now: float) -> None:
-        """Move waiting requests, oldest first, to executors, until the one whose turn it is has to wait."""
+        """Move waiting requests, oldest first, to executors, until the one whose turn it is has to wait.
+
+        A request that needs a larger executor than there is steps aside until one joins.
+        """
         while (request := self._waiting.first()) is not None:
             candidates = [executor for executor in self.executors.values() if executor.has_room_for(request)]
-            if not candidates:
+            is_stranded = not candidates and not any(e.could_ever_hold(request) for e in self.executors.values())
+            if not candidates and not is_stranded:
                 return
             self._waiting.pop()
+            if is_stranded:
+                self._stranded.add(request)
+                continue
             self._attempt_count += 1
             request.attempt = self._attempt_count
             request.placement_count += 1
@@ -256,7 +272,8 @@ class Scheduler:
             running |= executor.running
             unsettled |= {r for _, r in executor.unsettled if r.state is not RequestState.FINISHED}
         assert not queued & unsettled, "a request is queued before the results of its last placement are in"
-        assert queued | unsettled | running == set(self._requests.values()), "a request is lost, or ended and kept"
+        assert not self._stranded & (queued | unsettled), "a request is set aside and queued"
+        assert queued | unsettled | running | self._stranded == set(self._requests.values()), "a request is lost, or ended and kept"
         for request in self._requests.values():
             expected = RequestState.RUNNING if request in running else RequestState.WAITING
             assert request.state is expected, "a request's state differs from where it is"

@@ -113,6 +113,12 @@ def test_a_step_without_sampling_rows_returns_no_token(load_runner):
     assert runner.run(step_batch([request], [4], [False])).token_ids.tolist() == []
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_models_that_rework_their_keys_pay_for_gathering(load_runner, architecture):
+    """Others read the cache in place; only DeepSeek's attention expands what the cache keeps."""
+    assert load_runner(architecture)._model.traits.gathered == (architecture == "deepseek_v3")
+
+
 def test_two_models_take_turns_in_one_thread(load_runner):
     """Models of one process share transformers' registry of attention functions, never each other's steps."""
     first, second = load_runner("llama"), load_runner("gemma2")
@@ -163,6 +169,16 @@ def test_a_broken_request_is_named_and_harms_nobody(load_runner, monkeypatch):
     with pytest.raises(StepError, match=r"slots \[1\] have NaN"):
         runner.run(decode)
     assert runner.run(step_batch([good], [1], [True])).token_ids.tolist() == [expected]
+
+
+def test_checking_the_device_tells_a_broken_one(load_runner, monkeypatch):
+    """A row that fails is reported; a device that fails must end the process, or every request would be blamed."""
+    runner = load_runner("llama")
+    runner.check_device()
+
+    monkeypatch.setattr(torch, "ones", torch.zeros)
+    with pytest.raises(StepError, match="device 'cpu'"):
+        runner.check_device()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -37,6 +37,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.join_count += 1
             self.fleet.join(f"e{self.join_count}", self.capacity)
 
+    @rule()
+    def join_small(self):
+        """An executor that cannot hold every request that was accepted."""
+        if len(self.executor_ids) < 3:
+            self.join_count += 1
+            self.fleet.join(f"e{self.join_count}", Capacity(4, 2, 1, 2))
+
     @rule(
         prompt=st.lists(st.integers(0, 255), min_size=1, max_size=14),
         max_output_count=st.integers(1, 12),
