@@ -62,8 +62,9 @@ class ExecutorLink:
         self._events = events
         self._clock = clock
         self._outgoing: asyncio.Queue[pb.SchedulerMessage] = asyncio.Queue()
-        self._unanswered_count = 0
+        self._unanswered: deque[bool] = deque()  # for each plan on its way: whether it goes on with requests
         self._step_began_at: float | None = None  # when the oldest unanswered plan became the oldest
+        self._busy_us = self._starved_us = 0  # since the link was made
         self._step_times_us: deque[int] = deque(maxlen=64)
         self.answered_step = 0
         self._detached = False
@@ -73,6 +74,11 @@ class ExecutorLink:
         """Median time of the last steps on the executor; 0 before the first."""
         return round(statistics.median(self._step_times_us)) if self._step_times_us else 0
 
+    @property
+    def idle_share(self) -> float:
+        """Share of the time, 0 to 1, in which the executor had requests to go on with and no plan."""
+        return self._starved_us / max(1, self._starved_us + self._busy_us)
+
     def is_wedged(self, now: float, least_s: float) -> bool:
         """Whether a step takes so long that the device must be stuck: 20 times the usual, and at least `least_s`."""
         limit_s = max(least_s, _EXPECTED_STEP_FACTOR * self.step_us / 1e6)
@@ -80,9 +86,9 @@ class ExecutorLink:
 
     def send(self, plan: Plan) -> None:
         """Put a plan on its way."""
-        if self._unanswered_count == 0:
+        if not self._unanswered:
             self._step_began_at = self._clock()
-        self._unanswered_count += 1
+        self._unanswered.append(plan.request_count > len(plan.new_requests))
         self._outgoing.put_nowait(self._message(plan=wire.encode_plan(plan)))
 
     def detach(self) -> None:
@@ -108,7 +114,8 @@ class ExecutorLink:
     async def _attach(self, stub: executor_pb2_grpc.ExecutorServiceAsyncStub) -> str:
         """Serve one attachment; returns why it ended."""
         self._outgoing = asyncio.Queue()
-        self._unanswered_count = self.answered_step = 0
+        self._unanswered.clear()
+        self.answered_step = 0
         call = stub.Attach()
         sending = None
         try:
@@ -139,9 +146,14 @@ class ExecutorLink:
 
     def _take_result(self, message: pb.ExecutorMessage) -> None:
         timings = message.result.timings
-        self._step_times_us.append(timings.prepare_us + timings.forward_us + timings.sample_us)
-        self._unanswered_count -= 1
-        self._step_began_at = self._clock() if self._unanswered_count else None
+        if not self._unanswered:
+            raise ProtocolError(f"result of step {message.result.step}, but no plan is in flight")
+        goes_on = self._unanswered.popleft()
+        busy_us = timings.prepare_us + timings.forward_us + timings.sample_us
+        self._step_times_us.append(busy_us)
+        self._busy_us += busy_us
+        self._starved_us += timings.idle_us if goes_on else 0
+        self._step_began_at = self._clock() if self._unanswered else None
         self.answered_step = message.result.step
         self._events.answered(self, wire.decode_result(message.result))
 

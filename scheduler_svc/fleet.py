@@ -184,6 +184,7 @@ def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
         free_block_count=executor.blocks.free_count if executor else joined.capacity.block_count,
         step=member.link.answered_step,
         step_us=member.link.step_us,
+        idle_share=member.link.idle_share,
     )
 
 

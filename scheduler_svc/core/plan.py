@@ -71,6 +71,11 @@ class Plan:
     rows: list[Request]  # [S] who they are
 
     @property
+    def request_count(self) -> int:
+        """Requests that the step computes something for."""
+        return len(self.rows) + sum(not chunk.samples for chunk in self.chunks)
+
+    @property
     def token_count(self) -> int:
         """Tokens that the step computes."""
         sampling_chunk_count = sum(chunk.samples for chunk in self.chunks)

@@ -261,6 +261,7 @@ class Executor(_message.Message):
     FREE_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     STEP_US_FIELD_NUMBER: _builtins.int
+    IDLE_SHARE_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     incarnation: _builtins.int
     address: _builtins.str
@@ -273,6 +274,10 @@ class Executor(_message.Message):
     """Number of the last step whose result has arrived."""
     step_us: _builtins.int
     """Median time of its last steps in microseconds, as the executor reports it. 0: none yet."""
+    idle_share: _builtins.float
+    """Share of the time since it was attached, 0 to 1, in which it had requests to go on with and no plan: what the
+    split costs. Time without any work does not count.
+    """
     @_builtins.property
     def model(self) -> Global___ExecutorModel: ...
     @_builtins.property
@@ -290,10 +295,11 @@ class Executor(_message.Message):
         free_block_count: _builtins.int = ...,
         step: _builtins.int = ...,
         step_us: _builtins.int = ...,
+        idle_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "executor_id", b"executor_id", "free_block_count", b"free_block_count", "incarnation", b"incarnation", "model", b"model", "running_request_count", b"running_request_count", "state", b"state", "step", b"step", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "executor_id", b"executor_id", "free_block_count", b"free_block_count", "idle_share", b"idle_share", "incarnation", b"incarnation", "model", b"model", "running_request_count", b"running_request_count", "state", b"state", "step", b"step", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
