@@ -273,7 +273,8 @@ class Scheduler:
             unsettled |= {r for _, r in executor.unsettled if r.state is not RequestState.FINISHED}
         assert not queued & unsettled, "a request is queued before the results of its last placement are in"
         assert not self._stranded & (queued | unsettled), "a request is set aside and queued"
-        assert queued | unsettled | running | self._stranded == set(self._requests.values()), "a request is lost, or ended and kept"
+        somewhere = queued | unsettled | running | self._stranded
+        assert somewhere == set(self._requests.values()), "a request is lost, or ended and kept"
         for request in self._requests.values():
             expected = RequestState.RUNNING if request in running else RequestState.WAITING
             assert request.state is expected, "a request's state differs from where it is"

@@ -52,11 +52,15 @@ async def attach(stub, **values):
     return call
 
 
+async def read_to_the_end(call):
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 async def refusal(call):
     """The status that the executor ended the call with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        while await call.read() is not grpc.aio.EOF:
-            pass
+        await read_to_the_end(call)
     return caught.value.code(), caught.value.details()
 
 
