@@ -45,7 +45,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
         try:
-            stream = await self._accept(request, context)
+            stream = await self.accept(request, context)
         except RefusedError as error:
             await abort(context, error)
         request_id, prompt_count = stream.request.request_id, stream.request.prompt_count
@@ -68,7 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 if failure:
                     await abort(context, failure)
         finally:
-            self._engine.cancel(stream.request)
+            self.release(stream)
 
     async def GenerateBatch(  # type: ignore[override]  # grpc.aio also takes handlers that read and write
         self,
@@ -107,42 +107,44 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         model.executor_count = sum(member.link.is_attached for member in self._fleet.members.values())
         return pb.GetModelResponse(model=model)
 
-    async def answer(self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateOutput:
-        """Answer one request as a whole. Raises `RefusedError`."""
-        stream = await self._accept(message, context)
-        try:
-            text: list[str] = []
-            token_ids = array("I")
-            while True:
-                piece = await stream.next()
-                text.append(piece.text)
-                token_ids.extend(piece.token_ids)
-                failure = _failure(stream, piece.finish_reason)
-                if failure is not None:
-                    raise failure
-                if piece.finish_reason is not None:
-                    return pb.GenerateOutput(
-                        request_id=stream.request.request_id,
-                        text="".join(text),
-                        token_ids=token_ids.tobytes(),
-                        finish_reason=_FINISH_REASONS[piece.finish_reason],
-                        usage=_usage(stream),
-                    )
-        finally:
-            self._engine.cancel(stream.request)
-
-    async def wait_for_room(self) -> None:
-        """Wait until the queue has room for a request of a batch."""
-        await self._engine.wait_for_room()
-
-    async def _accept(self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext) -> OutputStream:
+    async def accept(
+        self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext, *, wait: bool = False
+    ) -> OutputStream:
+        """Let a request in. Raises `RefusedError`; with `wait`, a full queue is waited for instead."""
         if isinstance(message, Malformed):
             raise message.error
-        self._engine.check_room(0)  # before the work of tokenizing
+        if not wait:
+            self._engine.check_room(0)  # before the work of tokenizing
         remaining_s = context.time_remaining()
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
         request, text = await self._door.request(message, self._fleet.limits, deadline, _trace(context))
+        if wait:
+            await self._engine.wait_for_room()
         return self._engine.submit(request, text)
+
+    async def whole(self, stream: OutputStream) -> pb.GenerateOutput:
+        """Read a stream to its end. Raises `RefusedError` when it ends badly."""
+        text: list[str] = []
+        token_ids = array("I")
+        while True:
+            piece = await stream.next()
+            text.append(piece.text)
+            token_ids.extend(piece.token_ids)
+            failure = _failure(stream, piece.finish_reason)
+            if failure is not None:
+                raise failure
+            if piece.finish_reason is not None:
+                return pb.GenerateOutput(
+                    request_id=stream.request.request_id,
+                    text="".join(text),
+                    token_ids=token_ids.tobytes(),
+                    finish_reason=_FINISH_REASONS[piece.finish_reason],
+                    usage=_usage(stream),
+                )
+
+    def release(self, stream: OutputStream) -> None:
+        """Nobody reads a stream any more: end its request if it still runs."""
+        self._engine.cancel(stream.request)
 
 
 class _Batch:
@@ -153,6 +155,7 @@ class _Batch:
         self._context = context
         self._seen: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._open: set[OutputStream] = set()
         self._answers: asyncio.Queue[pb.GenerateBatchResponse | None] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -168,8 +171,11 @@ class _Batch:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for stream in self._open:
+            self._service.release(stream)
 
     async def _read(self) -> None:
+        """Let one request in after the other: what the queue has no room for is not even read."""
         answering: set[asyncio.Task[None]] = set()
         try:
             while (message := await self._context.read()) is not grpc.aio.EOF:
@@ -178,26 +184,33 @@ class _Batch:
                 if message.index in self._seen:
                     raise invalid(f"index {message.index} was used twice in this batch")
                 self._seen.add(message.index)
-                await self._service.wait_for_room()
-                task = asyncio.create_task(self._answer(message))
+                try:
+                    stream = await self._service.accept(message.request, self._context, wait=True)
+                except RefusedError as error:
+                    self._refuse(message.index, message.request.request_id, error)
+                    continue
+                self._open.add(stream)
+                task = asyncio.create_task(self._answer(message.index, stream))
                 for tasks in (answering, self._tasks):
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
-                await asyncio.sleep(0)  # let it reach the queue before there is a look at its length again
             if answering:
                 await asyncio.wait(answering)
         finally:
             self._answers.put_nowait(None)
 
-    async def _answer(self, message: pb.GenerateBatchRequest) -> None:
-        answer = pb.GenerateBatchResponse(index=message.index)
+    async def _answer(self, index: int, stream: OutputStream) -> None:
         try:
-            answer.output.CopyFrom(await self._service.answer(message.request, self._context))
+            output = await self._service.whole(stream)
         except RefusedError as error:
-            answer.error.CopyFrom(
-                pb.RequestError(request_id=message.request.request_id, code=error.code_number, message=error.message)
-            )
-        self._answers.put_nowait(answer)
+            self._refuse(index, stream.request.request_id, error)
+        else:
+            self._answers.put_nowait(pb.GenerateBatchResponse(index=index, output=output))
+        self._open.discard(stream)
+
+    def _refuse(self, index: int, request_id: str, error: RefusedError) -> None:
+        failure = pb.RequestError(request_id=request_id, code=error.code_number, message=error.message)
+        self._answers.put_nowait(pb.GenerateBatchResponse(index=index, error=failure))
 
 
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):

@@ -142,6 +142,18 @@ async def test_a_batch_larger_than_the_queue_is_answered_whole():
     assert good == {index: expected_text(f"p{index}", 10) for index in good}
 
 
+async def test_ending_a_batch_frees_all_of_its_requests():
+    """What nobody will read must not be computed, whether it runs, waits or has not begun."""
+    async with started(1, SLOW) as system:
+        call = system.inference.GenerateBatch()
+        for index in range(30):
+            await call.write(inference_pb2.GenerateBatchRequest(index=index, request=request(f"p{index}", 100)))
+        await until(lambda: system.scheduler.request_count > 10)
+        call.cancel()
+        await until(lambda: not system.scheduler.request_count, timeout_s=2)
+        await system.idle()
+
+
 async def test_a_batch_with_a_repeated_index_is_refused():
     """Two answers with one index could not be told apart."""
     async with started() as system:
