@@ -13,7 +13,7 @@ import structlog
 from common.errors import RefusedError, invalid
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.plan import Capacity, NeverFitsError, Plan, Result
-from scheduler_svc.core.request import FinishReason, Request
+from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.text_stream import TextStream
@@ -94,6 +94,8 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request that nobody wants any more; its stream, if somebody still reads it, says so."""
+        if request.state is RequestState.FINISHED:
+            return
         self.scheduler.cancel(request)
         self._end_stream(request, FinishReason.CANCELLED)
         self._pump()
@@ -171,8 +173,9 @@ class Engine:
         self._room.set()
 
     def _end_stream(self, request: Request, reason: FinishReason) -> None:
-        stream = self._streams.pop(request.request_id, None)
-        if stream is not None:
+        stream = self._streams.get(request.request_id)
+        if stream is not None and stream.request is request:  # its id may be in use again
+            del self._streams[request.request_id]
             stream.end(reason, time.monotonic())
             self._ended.set()
 

@@ -156,7 +156,9 @@ class Fleet:
                 f"65535 slots and a token for each"
             )
         limits = ModelLimits(model.context_length, model.vocabulary_size, tuple(model.end_token_ids))
-        if self.limits is not None and limits != self.limits:
+        others = self.members.keys() - {request.executor_id}
+        in_use = others or self._engine.scheduler.request_count
+        if self.limits is not None and limits != self.limits and in_use:
             raise _mismatch(
                 f"executor '{request.executor_id}' has the limits {limits}, the fleet has {self.limits}; start all "
                 f"executors with the same --max-model-len"

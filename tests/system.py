@@ -81,9 +81,9 @@ async def until(condition, timeout_s=20.0):
 
 
 @asynccontextmanager
-async def started(executor_count=1, executor=FAST, **settings):
-    """A running system with the fake model."""
-    config = SchedulerConfig(model="fake", listen=("127.0.0.1:0",), drain_timeout_s=5, **settings)
+async def started(executor_count=1, executor=FAST, model="fake", **settings):
+    """A running system; `model` is `fake` or a serving folder, whose executors are added with runners."""
+    config = SchedulerConfig(model=str(model), listen=("127.0.0.1:0",), drain_timeout_s=5, **settings)
     app = SchedulerApp(config, *load_model(config))
     (address,) = await app.start()
     stopping = asyncio.Event()
@@ -91,15 +91,17 @@ async def started(executor_count=1, executor=FAST, **settings):
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
         system = System(app, address, channel)
-        for number in range(executor_count):
-            system.add_executor(executor, name=f"e{number}")
-        await system.ready(executor_count)
-        yield system
-        for task in system.tasks:
-            task.cancel()
-        await asyncio.gather(*system.tasks, return_exceptions=True)
-        stopping.set()
-        await running
+        try:
+            for number in range(executor_count):
+                system.add_executor(executor, name=f"e{number}")
+            await system.ready(executor_count)
+            yield system
+        finally:
+            for task in system.tasks:
+                task.cancel()
+            await asyncio.gather(*system.tasks, return_exceptions=True)
+            stopping.set()
+            await running
 
 
 def request(text="hello", max_output_tokens=8, *, request_id="", model="", **fields):

@@ -178,6 +178,27 @@ async def test_refuses_a_second_request_under_a_running_id():
     assert error.code() is grpc.StatusCode.ALREADY_EXISTS
 
 
+async def test_an_id_may_be_used_again_as_soon_as_its_request_has_ended():
+    """The end of the first call's handler must not touch the second request, which has the same id."""
+    async with started(1, replace(FAST, fake_step_us=2000)) as system:
+        for _ in range(20):
+            first = system.generate(request("hello", 3, request_id="r"))
+            while not (await first.read()).finish_reason:
+                pass
+            assert await read_text(system.generate(request("hello", 3, request_id="r"))) == expected_text("hello", 3)
+
+
+async def test_an_empty_fleet_may_start_again_with_other_limits():
+    """Operators change --max-model-len by restarting executors; the scheduler must not insist on the old one."""
+    async with started(1) as system:
+        next(iter(system.tasks)).cancel()
+        await until(lambda: not system.scheduler.executors)
+        await system.fleet.Join(join_request("e0", incarnation=5, model={"context_length": 64}, draining=False))
+        model = (await system.inference.GetModel(inference_pb2.GetModelRequest())).model
+
+    assert model.context_length == 64
+
+
 async def test_refuses_what_the_cache_can_never_hold():
     """The context length would allow it, the cache does not: waiting would be for ever."""
     async with started(1, replace(FAST, fake_block_count=4)) as system:
