@@ -63,3 +63,25 @@ class ExecutorConfig:
 
     fake_block_count: int = 4096
     """`--model fake`: blocks in the cache."""
+
+
+class SettingsError(ValueError):
+    """Settings out of range, or that contradict each other; the message says what to change."""
+
+
+def check_settings(config: ExecutorConfig) -> None:
+    """Refuse settings that no model could be served with. Raises `SettingsError`."""
+    size = config.block_size
+    if size < 1 or size & (size - 1):
+        raise SettingsError(f"block size must be a power of two, got {size}")
+    if not 1 <= config.max_num_seqs <= 65535:
+        raise SettingsError(f"max num seqs must be 1 to 65535, got {config.max_num_seqs}")
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise SettingsError(
+            f"max num batched tokens is {config.max_num_batched_tokens} but max num seqs is {config.max_num_seqs}, "
+            f"and every running request needs a token in each step; raise the one or lower the other"
+        )
+    if config.threads < 0:
+        raise SettingsError(f"threads must be 0 (all cores) or more, got {config.threads}")
+    if not 0 < config.memory_utilization <= 1:
+        raise SettingsError(f"memory utilization must be above 0 and at most 1, got {config.memory_utilization}")

@@ -13,7 +13,7 @@ import structlog
 from common.grpc_servers import Server, reachable
 from common.processes import run_loop, stop_event
 from executor_svc.batch import Runner
-from executor_svc.config import ExecutorConfig
+from executor_svc.config import ExecutorConfig, check_settings
 from executor_svc.executor import BrokenDeviceError, Executor
 from executor_svc.membership import Membership, RefusedError
 from executor_svc.service import ExecutorService, ModelThread
@@ -37,7 +37,7 @@ def serve(config: ExecutorConfig, progress: Progress | None = None) -> int:
 
 def load_runner(config: ExecutorConfig, progress: Progress) -> Runner:
     """Load what `config.model` names."""
-    check_config(config)
+    check_settings(config)
     if config.model == "fake":
         from executor_svc.fake import FakeRunner
 
@@ -45,21 +45,6 @@ def load_runner(config: ExecutorConfig, progress: Progress) -> Runner:
     from executor_svc.torch_runner import TorchRunner
 
     return TorchRunner.load(config, progress)
-
-
-def check_config(config: ExecutorConfig) -> None:
-    """Refuse settings that contradict each other, whatever the model is."""
-    size = config.block_size
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"--block-size must be a power of two, got {size}")
-    if not 1 <= config.max_num_seqs <= 65535:
-        raise ValueError(f"--max-num-seqs must be 1 to 65535, got {config.max_num_seqs}")
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise ValueError(
-            f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs "
-            f"{config.max_num_seqs}: a step could not give every running request its token; raise the one or lower "
-            f"the other"
-        )
 
 
 class ExecutorApp:

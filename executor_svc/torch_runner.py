@@ -53,7 +53,6 @@ class TorchRunner:
         Raises:
             ModelError: the model or the settings cannot be served; the message says what to change.
         """
-        _check_settings(config)
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         torch.set_num_threads(thread_count(config.threads, device))
@@ -120,23 +119,6 @@ def _forward(model: PackedModel, pool: PagedPool, batch: StepBatch) -> torch.Ten
     token_ids = torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(model.device)
     row_index = torch.from_numpy(last_token[batch.sampling.row_index]).to(model.device)
     return model.logits(token_ids, layout, pool, row_index)
-
-
-def _check_settings(config: ExecutorConfig) -> None:
-    size = config.block_size
-    if size < 1 or size & (size - 1):
-        raise ModelError(f"block_size must be a power of two, got {size}")
-    if config.max_num_seqs < 1:
-        raise ModelError(f"max_num_seqs must be at least 1, got {config.max_num_seqs}")
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise ModelError(
-            f"max_num_batched_tokens is {config.max_num_batched_tokens} but max_num_seqs is {config.max_num_seqs}, and "
-            "each request may need a token in every step; raise the first or lower the second"
-        )
-    if config.threads < 0:
-        raise ModelError(f"threads must be 0 (all cores) or more, got {config.threads}")
-    if not 0 < config.memory_utilization <= 1:
-        raise ModelError(f"memory_utilization must be above 0 and at most 1, got {config.memory_utilization}")
 
 
 def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:

@@ -250,17 +250,12 @@ def test_refuses_a_folder_without_a_configuration(tmp_path):
         ({"dtype": "int3"}, "dtype must be .*'bfloat16'.*got 'int3'"),
         ({"device": "tpu"}, "device must be .* got 'tpu'"),
         ({"device": "cuda:99"}, "this process sees"),
-        ({"block_size": 24}, "power of two, got 24"),
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
-        ({"max_num_seqs": 65, "max_num_batched_tokens": 64}, "max_num_batched_tokens is 64 but max_num_seqs is 65"),
         ({"max_model_len": 513}, "max_model_len is 513 but the model was made for 512"),
         ({"cache_memory_bytes": 3000}, "may use 3000 bytes but needs 6144: a block of 4 tokens takes 3072"),
-        ({"threads": -1}, "threads must be 0"),
-        ({"memory_utilization": 1.5}, "memory_utilization must be"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_refuses_settings_that_contradict(load_runner, settings, message):
+def test_refuses_settings_that_the_model_or_the_machine_cannot_have(load_runner, settings, message):
     """An operator learns at start what to change, not from failing requests."""
     with pytest.raises(ModelError, match=message):
         load_runner("llama", **settings)

@@ -108,5 +108,5 @@ def test_settings_that_contradict_each_other_end_it_at_once(tmp_path):
     refused = Served(tmp_path / "printed", "--max-num-seqs", "64", "--max-num-batched-tokens", "8")
 
     assert refused.process.wait(60) == 1
-    assert "--max-num-batched-tokens 8 is less than --max-num-seqs 64" in refused.printed
+    assert "max num batched tokens is 8 but max num seqs is 64" in refused.printed
     assert "starting it again" not in refused.printed

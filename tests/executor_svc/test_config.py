@@ -1,0 +1,28 @@
+"""Settings that contradict each other are refused before a model is loaded."""
+
+import pytest
+
+from executor_svc.config import ExecutorConfig, SettingsError, check_settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_size": 24}, "power of two, got 24"),
+        ({"max_num_seqs": 0}, "max num seqs must be 1 to 65535, got 0"),
+        ({"max_num_seqs": 65536, "max_num_batched_tokens": 70000}, "max num seqs must be 1 to 65535, got 65536"),
+        ({"max_num_seqs": 65, "max_num_batched_tokens": 64}, "max num batched tokens is 64 but max num seqs is 65"),
+        ({"threads": -1}, "threads must be 0"),
+        ({"memory_utilization": 1.5}, "memory utilization must be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_settings_that_contradict(settings, message):
+    """An operator learns at start what to change, not from failing requests."""
+    with pytest.raises(SettingsError, match=message):
+        check_settings(ExecutorConfig(model="fake", **settings))
+
+
+def test_takes_the_defaults():
+    """What nobody has set must work."""
+    check_settings(ExecutorConfig(model="fake"))
