@@ -55,6 +55,7 @@ class Membership:
         )
         self.joined = asyncio.Event()
         self._changed = asyncio.Event()
+        self._refusal: str | None = None  # logged last
 
     def leave(self) -> None:
         """Say with the next call, which goes out at once, that this executor takes nothing new."""
@@ -78,11 +79,13 @@ class Membership:
         except grpc.aio.AioRpcError as error:
             if error.code() in _FINAL:
                 raise RefusedError(error.details()) from error
-            if self.joined.is_set():
-                log.warning("scheduler does not answer", address=self._scheduler, reason=error.details())
+            if error.details() != self._refusal:
+                self._refusal = error.details()
+                log.warning("not joined", scheduler=self._scheduler, reason=self._refusal)
             self.joined.clear()
             return _RETRY_S
         if not self.joined.is_set():
             log.info("joined", scheduler=self._scheduler, lease_ms=response.lease_ms)
             self.joined.set()
+            self._refusal = None
         return response.lease_ms / 1000 / 3

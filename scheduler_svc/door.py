@@ -25,6 +25,8 @@ from scheduler_svc.tokenizer import ChatTemplateError, Tokenizer
 DEFAULT_OUTPUT_TOKENS = 256
 MAX_TEMPERATURE = 100.0
 MAX_STOPS, MAX_STOP_BYTES, MAX_STOP_TOKEN_IDS = 16, 256, 64
+MAX_CHAT_MESSAGES = 4096
+_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # each with the value that keeps all tokens
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -42,133 +44,162 @@ class Door:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     async def request(
-        self, message: pb.GenerateRequest, limits: ModelLimits | None, deadline: float, trace: TraceContext | None
+        self,
+        message: pb.GenerateRequest,
+        request_id: str,
+        limits: ModelLimits | None,
+        deadline: float,
+        trace: TraceContext | None,
     ) -> tuple[Request, TextStream]:
         """Make a request of the message. Raises `RefusedError`."""
         if limits is None:
             raise RefusedError(
                 grpc.StatusCode.UNAVAILABLE, "no executor has joined yet; retry with backoff until one is ready"
             )
-        request_id = self._request_id(message)
         if message.model and message.model != self._model_name:
             raise RefusedError(
                 grpc.StatusCode.NOT_FOUND,
                 f"model '{_shown(message.model)}' is not served here; this server has '{self._model_name}'",
             )
         sampling = self._sampling(message.sampling)
-        stops = _stops(message.stopping.stop)
-        stop_token_ids = self._stop_token_ids(message.stopping, limits)
-        prompt = await self._prompt(message, limits)
-        max_output_count = _max_output_count(message.stopping, len(prompt), limits)
+        _check_stops(message.stopping.stop)
+        stop_token_ids = _stop_token_ids(message.stopping, limits)
+        self._check_prompt(message, limits)
+        loop = asyncio.get_running_loop()
+        prompt, text = await loop.run_in_executor(self._threads, self._read, message)
+        _check_length(message, len(prompt), limits)
         request = Request(
             request_id=request_id,
             token_ids=prompt,
             prompt_count=len(prompt),
-            max_output_count=max_output_count,
+            max_output_count=_max_output_count(message.stopping, len(prompt), limits),
             sampling=sampling,
             stop_token_ids=stop_token_ids,
             deadline=deadline,
             trace=trace,
         )
-        return request, TextStream(self._tokenizer, stops)
+        return request, text
 
-    def _request_id(self, message: pb.GenerateRequest) -> str:
-        if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
-            raise invalid(
-                f"request_id '{_shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
-            )
-        return message.request_id or f"req-{secrets.token_hex(12)}"
+    def _read(self, message: pb.GenerateRequest) -> tuple[array[int], TextStream]:
+        """Token ids of the prompt, and a stream for the text of the answer. Runs beside the event loop."""
+        kind = message.WhichOneof("prompt")
+        try:
+            if kind == "text":
+                token_ids = array("I", self._tokenizer.encode(message.text))
+            elif kind == "chat":
+                messages = [{"role": entry.role, "content": entry.content} for entry in message.chat.messages]
+                token_ids = array("I", self._tokenizer.encode_chat(messages))
+            else:
+                token_ids = array("I", message.token_ids.ids)
+        except ChatTemplateError as error:
+            raise invalid(f"the chat template of '{self._model_name}' refuses these messages: {error}") from error
+        return token_ids, TextStream(self._tokenizer, tuple(message.stopping.stop))
 
-    def _sampling(self, given: sampling_pb2.SamplingParams) -> Sampling:
-        values = {
-            name: getattr(given, name) if _is_set(given, name) else default for name, default in self._defaults.items()
-        }
-        _check_range("temperature", values["temperature"], 0.0, MAX_TEMPERATURE, "0 is greedy")
-        _check_range("min_p", values["min_p"], 0.0, 1.0, "0 keeps all tokens")
-        if not 0.0 < values["top_p"] <= 1.0:  # NaN is refused here too
-            raise invalid(f"top_p is {values['top_p']:g}, must be above 0 and at most 1; 1 keeps all tokens")
-        if given.HasField("temperature") and given.temperature == 0:
-            contradicting = [
-                name for name in ("top_k", "top_p", "min_p") if given.HasField(name) and getattr(given, name)
-            ]
-            contradicting = [name for name in contradicting if name != "top_p" or given.top_p != 1.0]
-            if contradicting:
-                raise invalid(
-                    f"{contradicting[0]} is {getattr(given, contradicting[0]):g} but temperature is 0, which takes the "
-                    f"most likely token whatever {contradicting[0]} says; leave one of them out"
-                )
-        seed = given.seed if given.HasField("seed") else secrets.randbits(64)
-        return Sampling(seed=seed, **values)
-
-    def _stop_token_ids(self, stopping: sampling_pb2.StopConditions, limits: ModelLimits) -> frozenset[int]:
-        given = stopping.stop_token_ids
-        if len(given) > MAX_STOP_TOKEN_IDS:
-            raise invalid(f"stop_token_ids has {len(given)} entries, at most {MAX_STOP_TOKEN_IDS} are possible")
-        _check_token_ids("stop_token_ids", given, limits.vocabulary_size)
-        return frozenset(given) | (frozenset() if stopping.ignore_eos else frozenset(limits.end_token_ids))
-
-    async def _prompt(self, message: pb.GenerateRequest, limits: ModelLimits) -> array[int]:
-        """Token ids of the prompt: at least one, and room for an answer."""
+    def _check_prompt(self, message: pb.GenerateRequest, limits: ModelLimits) -> None:
+        """What can be said about the prompt before it is tokenized. Cheap, however large it is."""
         kind = message.WhichOneof("prompt")
         if kind is None:
             raise invalid("prompt is missing; set one of text, token_ids and chat")
         if kind == "token_ids":
-            token_ids = _given_token_ids(message.token_ids.ids, limits)
-        else:
-            token_ids = await self._tokenize(message, kind, limits)
-        if not token_ids:
-            raise invalid(f"{kind} gives an empty prompt; the model needs at least one token to continue")
-        if len(token_ids) >= limits.context_length:
-            raise invalid(
-                f"the prompt has {len(token_ids)} tokens but the context length of the model is "
-                f"{limits.context_length}, prompt and output together; shorten the prompt"
-            )
-        return token_ids
-
-    async def _tokenize(self, message: pb.GenerateRequest, kind: str, limits: ModelLimits) -> array[int]:
-        """Run the tokenizer beside the event loop."""
-        messages = [{"role": entry.role, "content": entry.content} for entry in message.chat.messages]
-        size = len(message.text.encode()) if kind == "text" else sum(len(m["content"].encode()) for m in messages)
+            _check_given_token_ids(message.token_ids.ids, limits)
+            return
+        size = len(message.text.encode()) if kind == "text" else message.chat.ByteSize()
         if size > self._config.max_prompt_bytes:
             raise invalid(
                 f"{kind} has {size} bytes, the limit is {self._config.max_prompt_bytes}; the context length is "
                 f"{limits.context_length} tokens in any case: shorten it"
             )
         if kind == "chat":
-            self._check_chat(messages)
-        loop = asyncio.get_running_loop()
-        try:
-            if kind == "text":
-                encoded = await loop.run_in_executor(self._threads, self._tokenizer.encode, message.text)
-            else:
-                encoded = await loop.run_in_executor(self._threads, self._tokenizer.encode_chat, messages)
-        except ChatTemplateError as error:
-            raise invalid(f"the chat template of '{self._model_name}' refuses these messages: {error}") from error
-        return array("I", encoded)
+            self._check_chat(message.chat)
 
-    def _check_chat(self, messages: Sequence[dict[str, str]]) -> None:
+    def _check_chat(self, chat: pb.ChatMessages) -> None:
         if not self._tokenizer.has_chat_template:
             raise invalid(f"model '{self._model_name}' has no chat template; send text or token_ids instead of chat")
-        if not messages:
-            raise invalid("chat has no messages; it needs at least one")
-        for position, message in enumerate(messages):
-            if not message["role"]:
+        if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
+            raise invalid(f"chat has {len(chat.messages)} messages, must have 1 to {MAX_CHAT_MESSAGES}")
+        for position, message in enumerate(chat.messages):
+            if not message.role:
                 raise invalid(f"chat message {position} has no role; use system, user or assistant")
+
+    def _sampling(self, given: sampling_pb2.SamplingParams) -> Sampling:
+        values = {
+            name: getattr(given, name) if _is_set(given, name) else default for name, default in self._defaults.items()
+        }
+        filters = [name for name, off in _FILTERS.items() if _is_set(given, name) and getattr(given, name) != off]
+        if filters and values["temperature"] == 0:
+            if given.HasField("temperature"):
+                raise invalid(
+                    f"{filters[0]} is {getattr(given, filters[0]):g} but temperature is 0, which takes the most likely "
+                    f"token whatever {filters[0]} says; leave one of them out"
+                )
+            values["temperature"] = 1.0  # who asks for a filter asks for sampling
+        check_sampling(values)
+        seed = given.seed if given.HasField("seed") else secrets.randbits(64)
+        return Sampling(seed=seed, **values)
+
+
+def request_id_of(message: pb.GenerateRequest) -> str:
+    """The id that the caller chose, or a new one. Raises `RefusedError`."""
+    if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
+        raise invalid(
+            f"request_id '{_shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
+        )
+    return message.request_id or f"req-{secrets.token_hex(12)}"
 
 
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The model's own sampling parameters: greedy unless its generation_config.json says to sample."""
-    samples = bool(generation_config.get("do_sample"))
-    own = {name: value for name, value in generation_config.items() if value is not None}
-    return {
-        "temperature": float(own.get("temperature", 1.0)) if samples else 0.0,
-        "top_k": int(own.get("top_k", 0)) if samples else 0,
-        "top_p": float(own.get("top_p", 1.0)) if samples else 1.0,
-        "min_p": float(own.get("min_p", 0.0)) if samples else 0.0,
-    }
+    """The model's own sampling parameters: greedy unless its generation_config.json says to sample.
+
+    Raises `ValueError` when it says something that no request could say.
+    """
+    values: dict[str, Any] = {"temperature": 0.0, **_FILTERS}
+    if not generation_config.get("do_sample"):
+        return values
+    values["temperature"] = 1.0
+    for name in values:
+        own = generation_config.get(name)
+        if own is None:
+            continue
+        if isinstance(own, bool) or not isinstance(own, int | float):
+            raise ValueError(f"generation_config.json: {name} is {own!r}, must be a number; correct it or take it out")
+        values[name] = own
+    values["top_k"] = max(0, int(values["top_k"]))  # -1 is another way to say that it is off
+    try:
+        check_sampling(values)
+    except RefusedError as error:
+        raise ValueError(f"generation_config.json: {error.message}") from error
+    return values
 
 
-def _given_token_ids(data: bytes, limits: ModelLimits) -> array[int]:
+def check_sampling(values: dict[str, Any]) -> None:
+    """Refuse sampling parameters that are out of range."""
+    _check_range("temperature", values["temperature"], 0.0, MAX_TEMPERATURE, "0 is greedy")
+    _check_range("min_p", values["min_p"], 0.0, 1.0, "0 keeps all tokens")
+    if not 0.0 < values["top_p"] <= 1.0:  # NaN is refused here too
+        raise invalid(f"top_p is {values['top_p']:g}, must be above 0 and at most 1; 1 keeps all tokens")
+
+
+def _stop_token_ids(stopping: sampling_pb2.StopConditions, limits: ModelLimits) -> frozenset[int]:
+    given = stopping.stop_token_ids
+    if len(given) > MAX_STOP_TOKEN_IDS:
+        raise invalid(f"stop_token_ids has {len(given)} entries, at most {MAX_STOP_TOKEN_IDS} are possible")
+    _check_token_ids("stop_token_ids", given, limits.vocabulary_size)
+    return frozenset(given) | (frozenset() if stopping.ignore_eos else frozenset(limits.end_token_ids))
+
+
+def _check_length(message: pb.GenerateRequest, prompt_count: int, limits: ModelLimits) -> None:
+    """Refuse a prompt without a token, or without room for an answer."""
+    if not prompt_count:
+        kind = message.WhichOneof("prompt")
+        raise invalid(f"{kind} gives an empty prompt; the model needs at least one token to continue")
+    if prompt_count >= limits.context_length:
+        raise invalid(
+            f"the prompt has {prompt_count} tokens but the context length of the model is "
+            f"{limits.context_length}, prompt and output together; shorten the prompt"
+        )
+
+
+def _check_given_token_ids(data: bytes, limits: ModelLimits) -> None:
     if len(data) % 4:
         raise invalid(f"token_ids has {len(data)} bytes, which is not a whole number of little-endian uint32")
     if len(data) // 4 >= limits.context_length:
@@ -176,10 +207,7 @@ def _given_token_ids(data: bytes, limits: ModelLimits) -> array[int]:
             f"token_ids has {len(data) // 4} tokens but the context length of the model is {limits.context_length}, "
             f"prompt and output together; shorten the prompt"
         )
-    token_ids = array("I")
-    token_ids.frombytes(data)
-    _check_token_ids("token_ids", token_ids, limits.vocabulary_size)
-    return token_ids
+    _check_token_ids("token_ids", array("I", data), limits.vocabulary_size)
 
 
 def _check_token_ids(field: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
@@ -193,28 +221,17 @@ def _check_range(field: str, value: float, low: float, high: float, hint: str) -
         raise invalid(f"{field} is {value:g}, must be {low:g} to {high:g}; {hint}")
 
 
-def _check_not_contradicting(given: sampling_pb2.SamplingParams) -> None:
-    """Refuse a filter beside a temperature of 0: one of the two is a mistake."""
-    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-        if _is_set(given, name) and getattr(given, name) != off:
-            raise invalid(
-                f"{name} is {getattr(given, name):g} but temperature is 0, which takes the most likely token whatever "
-                f"{name} says; leave one of them out"
-            )
-
-
 def _is_set(given: sampling_pb2.SamplingParams, name: str) -> bool:
     return given.HasField(name)  # type: ignore[arg-type]  # one of its optional fields
 
 
-def _stops(stops: Sequence[str]) -> tuple[str, ...]:
+def _check_stops(stops: Sequence[str]) -> None:
     if len(stops) > MAX_STOPS:
         raise invalid(f"stop has {len(stops)} texts, at most {MAX_STOPS} are possible")
     for position, stop in enumerate(stops):
         size = len(stop.encode())
         if not 1 <= size <= MAX_STOP_BYTES:
             raise invalid(f"stop[{position}] has {size} bytes, must be 1 to {MAX_STOP_BYTES}")
-    return tuple(stops)
 
 
 def _max_output_count(stopping: sampling_pb2.StopConditions, prompt_count: int, limits: ModelLimits) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import grpc
@@ -47,28 +48,39 @@ class Engine:
         self._streams: dict[str, OutputStream] = {}
         self._links: dict[str, Link] = {}
         self._loop = asyncio.get_running_loop()
+        self._arriving: dict[str, bool] = {}  # ids at the door; True once somebody cancelled it
+        self._expiry: asyncio.TimerHandle | None = None  # for the earliest deadline, or earlier
         self._room = asyncio.Event()  # set whenever the queue may have become shorter
         self._ended = asyncio.Event()  # set whenever a request ended
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, text: TextStream) -> OutputStream:
-        """Accept a request or refuse it at once."""
-        self.check_room(len(request.token_ids))
-        if self.scheduler.get(request.request_id) is not None:
+    @contextmanager
+    def arriving(self, request_id: str) -> Iterator[None]:
+        """Hold an id while its request is at the door, so that it can be cancelled there and is not used twice."""
+        if request_id in self._arriving or self.scheduler.get(request_id) is not None:
             raise RefusedError(
                 grpc.StatusCode.ALREADY_EXISTS,
-                f"a request with the id '{request.request_id}' is running; choose another request_id",
+                f"a request with the id '{request_id}' is running; choose another request_id",
             )
+        self._arriving[request_id] = False
+        try:
+            yield
+        finally:
+            del self._arriving[request_id]
+
+    def submit(self, request: Request, text: TextStream) -> OutputStream:
+        """Accept a request that is `arriving`, or refuse it at once."""
+        if self._arriving[request.request_id]:
+            raise RefusedError(grpc.StatusCode.CANCELLED, f"request '{request.request_id}' was cancelled")
+        self.check_room(len(request.token_ids))
         try:
             self.scheduler.add(request)
         except NeverFitsError as error:
             raise invalid(str(error)) from error
         stream = OutputStream(request, text, time.monotonic())
         self._streams[request.request_id] = stream
-        if request.deadline != math.inf:
-            # The loop counts milliseconds and may be that much early.
-            self._loop.call_later(request.deadline - time.monotonic() + 0.002, self._expire)
+        self._watch_deadlines()
         self._pump()
         return stream
 
@@ -83,14 +95,26 @@ class Engine:
         if waiting and tokens + token_count > limit:
             raise _overloaded(f"{tokens} tokens are waiting and this request has {token_count}, the limit is {limit}")
 
-    async def wait_for_room(self) -> None:
-        """Wait until the queue is at most half full, so that a batch leaves room for everybody else."""
-        limit = max(1, self._config.max_waiting_requests // 2), max(1, self._config.max_waiting_tokens // 2)
+    async def wait_for_room(self, token_count: int) -> None:
+        """Wait until the queue has room for this in its first half: a batch leaves the rest to everybody else."""
+        scheduler, config = self.scheduler, self._config
         while (
-            self.scheduler.waiting_count >= limit[0] or self.scheduler.waiting_token_count >= limit[1]
-        ) and not self.draining:
+            scheduler.waiting_count
+            and (
+                scheduler.waiting_count >= config.max_waiting_requests // 2
+                or scheduler.waiting_token_count + token_count > config.max_waiting_tokens // 2
+            )
+            and not self.draining
+        ):
             self._room.clear()
             await self._room.wait()
+
+    def cancel_id(self, request_id: str) -> None:
+        """End the request of that id, if there is one."""
+        if request_id in self._arriving:
+            self._arriving[request_id] = True
+        elif (request := self.scheduler.get(request_id)) is not None:
+            self.cancel(request)
 
     def cancel(self, request: Request) -> None:
         """End a request that nobody wants any more; its stream, if somebody still reads it, says so."""
@@ -100,9 +124,22 @@ class Engine:
         self._end_stream(request, FinishReason.CANCELLED)
         self._pump()
 
+    def _watch_deadlines(self) -> None:
+        """Have the timer ring for the earliest deadline."""
+        deadline = self.scheduler.next_deadline
+        if deadline is None:
+            return
+        wait_s = deadline - time.monotonic() + 0.002  # the loop counts milliseconds and may be that much early
+        if self._expiry is None or self._expiry.when() > self._loop.time() + wait_s:
+            if self._expiry is not None:
+                self._expiry.cancel()
+            self._expiry = self._loop.call_later(wait_s, self._expire)
+
     def _expire(self) -> None:
+        self._expiry = None
         for request in self.scheduler.expire(time.monotonic()):
             self._end_stream(request, FinishReason.DEADLINE)
+        self._watch_deadlines()
         self._pump()
 
     # --- executors ----------------------------------------------------------------------------------------------
@@ -126,8 +163,8 @@ class Engine:
         self._pump()
 
     def drain(self, link: Link) -> None:
-        """An executor wants to leave."""
-        if self._links.get(link.executor_id) is link:
+        """An executor wants to leave. One that leaves together with the scheduler is still needed for what waits."""
+        if self._links.get(link.executor_id) is link and not self.draining:
             self.scheduler.drain(link.executor_id)
             self._pump()
 
@@ -179,12 +216,22 @@ class Engine:
             stream.end(reason, time.monotonic())
             self._ended.set()
 
-    async def drained(self) -> None:
-        """Wait until no request is left. Set `draining` first."""
-        self._room.set()
-        while self._streams:
-            self._ended.clear()
-            await self._ended.wait()
+    async def drain_all(self, timeout_s: float) -> None:
+        """Refuse new requests, and wait until those accepted have ended; cut off what has not after `timeout_s`."""
+        self.draining = True
+        for executor_id in self._links:
+            self.scheduler.drain(executor_id, draining=False)
+        self._pump()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._streams:
+                    self._ended.clear()
+                    await self._ended.wait()
+        except TimeoutError:
+            log.warning("requests are cut off", request_count=len(self._streams))
+            for stream in list(self._streams.values()):
+                self.scheduler.finish(stream.request, stream.request.output_count, FinishReason.CUT_OFF)
+                self._end_stream(stream.request, FinishReason.CUT_OFF)
 
 
 def _overloaded(reason: str) -> RefusedError:

@@ -86,10 +86,11 @@ class ExecutorLink:
 
     def send(self, plan: Plan) -> None:
         """Put a plan on its way."""
+        message = self._message(plan=wire.encode_plan(plan))
         if not self._unanswered:
             self._step_began_at = self._clock()
         self._unanswered.append(plan.request_count > len(plan.new_requests))
-        self._outgoing.put_nowait(self._message(plan=wire.encode_plan(plan)))
+        self._outgoing.put_nowait(message)
 
     def detach(self) -> None:
         """Tell the executor that nothing is left on it, once."""
@@ -136,6 +137,10 @@ class ExecutorLink:
         except ProtocolError as error:
             log.error("executor makes no sense", executor_id=self.executor_id, reason=str(error))
             return str(error)
+        except Exception as error:
+            # A bug, here or there. It costs this attachment and nobody else anything.
+            log.exception("attachment failed", executor_id=self.executor_id)
+            return repr(error)
         finally:
             self.is_attached = False
             self._step_began_at = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from scheduler_svc.executor_link import ExecutorLink
 log = structlog.get_logger()
 
 _LOOK_EVERY_S = 0.25
+_REPLACED_LIMIT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class Fleet:
         self._fingerprint = fingerprint
         self._owner = owner
         self._engine = engine
+        self._replaced: dict[int, None] = {}  # incarnations whose place another took, oldest first
         self._wedged: set[int] = set()  # incarnations whose device got stuck: they must restart
         self._clock: Callable[[], float] = time.monotonic
 
@@ -65,8 +66,7 @@ class Fleet:
         self._check(request)
         member = self.members.get(request.executor_id)
         if member is not None and member.joined.incarnation != request.incarnation:
-            log.warning("executor was replaced", executor_id=request.executor_id)
-            self._give_up(member)
+            self._replace(member, request.incarnation)
             member = None
         lease = fleet_pb2.JoinResponse(lease_ms=round(self._config.lease_s * 1000))
         if member is None and request.draining:  # has been let go, or never held anything
@@ -80,6 +80,22 @@ class Fleet:
             member.link.draining = True
             self._engine.drain(member.link)
         return lease
+
+    def _replace(self, member: Member, newcomer: int) -> None:
+        """Give up a process whose place another one wants, unless it is alive: then the newcomer has to wait."""
+        executor_id = member.joined.executor_id
+        if newcomer in self._replaced:
+            raise _mismatch(f"executor '{executor_id}' was replaced by a later process; this one must end")
+        if member.link.is_attached:
+            raise RefusedError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"another process is attached as executor '{executor_id}'; choose another --executor-id, or stop it",
+            )
+        log.warning("executor was replaced", executor_id=executor_id)
+        self._replaced[member.joined.incarnation] = None
+        while len(self._replaced) > _REPLACED_LIMIT:
+            del self._replaced[next(iter(self._replaced))]
+        self._give_up(member)
 
     def _take_up(self, request: fleet_pb2.JoinRequest) -> Member:
         size = request.capacity
@@ -107,13 +123,14 @@ class Fleet:
 
     async def watch(self) -> None:
         """Give up executors whose lease ran out, whose device is stuck, or which were let go; until cancelled."""
+        looked_at = self._clock()
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             now = self._clock()
+            overslept_s, looked_at = now - looked_at - _LOOK_EVERY_S, now
             for member in list(self.members.values()):
+                member.lease_ends_at += overslept_s  # our own silence is not theirs
                 if member.keeping.done():  # drained and detached
-                    with contextlib.suppress(asyncio.CancelledError):
-                        member.keeping.result()
                     self._give_up(member)
                 elif member.lease_ends_at < now:
                     log.error("executor lost: lease ran out", executor_id=member.joined.executor_id)
@@ -159,9 +176,10 @@ class Fleet:
         others = self.members.keys() - {request.executor_id}
         in_use = others or self._engine.scheduler.request_count
         if self.limits is not None and limits != self.limits and in_use:
+            name = next(n for n in ModelLimits.__slots__ if getattr(limits, n) != getattr(self.limits, n))
             raise _mismatch(
-                f"executor '{request.executor_id}' has the limits {limits}, the fleet has {self.limits}; start all "
-                f"executors with the same --max-model-len"
+                f"executor '{request.executor_id}' has the {name.replace('_', ' ')} {getattr(limits, name)}, the fleet "
+                f"has {getattr(self.limits, name)}; start all executors with the same --max-model-len"
             )
         if request.incarnation in self._wedged:
             raise _mismatch(f"executor '{request.executor_id}' got stuck in a step; it must restart")

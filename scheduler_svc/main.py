@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 SERVICES = ("paceline.v1.InferenceService", "paceline.v1.FleetService")
 FAKE_FINGERPRINT = "fake"
+_LAST_CHUNKS_S = 5.0  # for slow readers, once every request has ended; over as soon as they have read
 
 
 def serve(config: SchedulerConfig) -> int:
@@ -59,9 +60,9 @@ class SchedulerApp:
         self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine)
         self._config = config
         self._server = Server(interceptors=[RefuseMalformed()])
-        door = Door(config, model_name, tokenizer, defaults)
+        self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
-        inference = InferenceService(door, self.engine, self.fleet, model)
+        inference = InferenceService(self.door, self.engine, self.fleet, model)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server.grpc)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self.fleet, self.engine), self._server.grpc)
 
@@ -81,20 +82,16 @@ class SchedulerApp:
             await self._drain()
             watching.cancel()
         self.fleet.close()
-        await self._server.stop(0.5)
+        await self._server.stop(_LAST_CHUNKS_S)
         if not watching.cancelled() and watching.done():
             watching.result()  # a bug: nobody watched the leases any more
 
     async def _drain(self) -> None:
         """Refuse new requests, let those that run finish for as long as is allowed."""
         await self._server.set_serving(False)
-        self.engine.draining = True
         request_count = self.engine.scheduler.request_count
         log.info("draining", request_count=request_count, timeout_s=self._config.drain_timeout_s)
-        try:
-            await asyncio.wait_for(self.engine.drained(), self._config.drain_timeout_s)
-        except TimeoutError:
-            log.warning("requests are cut off", request_count=self.engine.scheduler.request_count)
+        await self.engine.drain_all(self._config.drain_timeout_s)
 
 
 async def _serve(

@@ -16,13 +16,16 @@ from common.tracing import parse_traceparent
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
 from scheduler_svc.core.request import FinishReason, TraceContext
-from scheduler_svc.door import Door
+from scheduler_svc.door import Door, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet, describe
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.refuse_malformed import Malformed
 
 log = structlog.get_logger()
+
+_BATCH_REQUESTS = 1024
+"""Requests of one batch that may run, or be answered and not written, at once: what an unread batch can hold."""
 
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -90,9 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """End a request by id."""
         if isinstance(request, Malformed):
             await abort(context, request.error)
-        found = self._engine.scheduler.get(request.request_id)
-        if found is not None:
-            self._engine.cancel(found)
+        self._engine.cancel_id(request.request_id)
         return pb.CancelResponse()
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.GetModelResponse:
@@ -117,10 +118,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._engine.check_room(0)  # before the work of tokenizing
         remaining_s = context.time_remaining()
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
-        request, text = await self._door.request(message, self._fleet.limits, deadline, _trace(context))
-        if wait:
-            await self._engine.wait_for_room()
-        return self._engine.submit(request, text)
+        request_id = request_id_of(message)
+        with self._engine.arriving(request_id):
+            request, text = await self._door.request(message, request_id, self._fleet.limits, deadline, _trace(context))
+            if wait:
+                await self._engine.wait_for_room(len(request.token_ids))
+            return self._engine.submit(request, text)
 
     async def whole(self, stream: OutputStream) -> pb.GenerateOutput:
         """Read a stream to its end. Raises `RefusedError` when it ends badly."""
@@ -156,6 +159,7 @@ class _Batch:
         self._seen: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._open: set[OutputStream] = set()
+        self._unwritten = asyncio.Semaphore(_BATCH_REQUESTS)
         self._answers: asyncio.Queue[pb.GenerateBatchResponse | None] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -164,6 +168,7 @@ class _Batch:
         self._tasks.add(reading)
         while (answer := await self._answers.get()) is not None:
             await self._context.write(answer)
+            self._unwritten.release()
         await reading
 
     async def close(self) -> None:
@@ -178,7 +183,7 @@ class _Batch:
         """Let one request in after the other: what the queue has no room for is not even read."""
         answering: set[asyncio.Task[None]] = set()
         try:
-            while (message := await self._context.read()) is not grpc.aio.EOF:
+            while await self._unwritten.acquire() and (message := await self._context.read()) is not grpc.aio.EOF:
                 if isinstance(message, Malformed):
                     raise message.error
                 if message.index in self._seen:
@@ -251,6 +256,12 @@ def _failure(stream: OutputStream, reason: FinishReason | None) -> RefusedError 
         return RefusedError(
             grpc.StatusCode.DEADLINE_EXCEEDED,
             f"the deadline of request '{request.request_id}' passed after {stream.output_token_count} tokens",
+        )
+    if reason is FinishReason.CUT_OFF:
+        return RefusedError(
+            grpc.StatusCode.UNAVAILABLE,
+            f"the scheduler shut down before request '{request.request_id}' had ended, after "
+            f"{stream.output_token_count} tokens; send it again",
         )
     if reason is FinishReason.ERROR:
         return RefusedError(grpc.StatusCode.INTERNAL, request.error)

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from tokenizers import decoders, models, pre_tokenizers
 
-from common.serving_folder import ServingFolder
+from common.serving_folder import ServingFolder, ServingFolderError
 
 _BYTES_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -62,9 +62,16 @@ class Tokenizer:
 
         Raises:
             ChatTemplateError: its chat template is not a valid template.
+            ServingFolderError: its tokenizer cannot be read.
         """
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(folder.tokenizer_path))
+        except Exception as error:  # tokenizers raises no type of its own
+            raise ServingFolderError(
+                f"'{folder.tokenizer_path}' is not a tokenizer ({error}); make the folder again with `paceline prepare`"
+            ) from error
         return cls(
-            tokenizers.Tokenizer.from_file(str(folder.tokenizer_path)),
+            backend,
             chat_template=folder.chat_template,
             template_variables=folder.special_tokens,
         )
@@ -90,8 +97,11 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the tokenizer puts around a text."""
-        return self._backend.encode(text).ids
+        """Token ids of `text`, with the special tokens that the tokenizer puts around a text.
+
+        Other threads of Python run meanwhile: a batch, even one of one text, is encoded without the interpreter lock.
+        """
+        return self._backend.encode_batch([text])[0].ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the model answers.
@@ -101,7 +111,7 @@ class Tokenizer:
         Raises:
             ChatTemplateError: there is no template, or it refuses these messages.
         """
-        return self._backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return self._backend.encode_batch([self.render_chat(messages)], add_special_tokens=False)[0].ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a conversation up to where the model answers."""

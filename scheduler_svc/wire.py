@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from paceline.internal.v1 import executor_pb2 as pb
-from scheduler_svc.core.plan import NewRequest, Plan, Result
+from scheduler_svc.core.plan import NewRequest, Plan, ProtocolError, Result
 from scheduler_svc.core.request import TraceContext
 
 
@@ -29,7 +29,9 @@ def encode_plan(plan: Plan) -> pb.Plan:
 
 
 def decode_result(message: pb.StepResult) -> Result:
-    """Read a result out of its message."""
+    """Read a result out of its message. Raises `ProtocolError` when it is none."""
+    if len(message.token_ids) % 4:
+        raise ProtocolError(f"result of step {message.step} has {len(message.token_ids)} bytes of token ids")
     errors = {error.slot: error.message for error in message.errors} if message.errors else {}
     return Result(message.step, np.frombuffer(message.token_ids, dtype="<i4").tolist(), errors)
 

@@ -19,8 +19,9 @@ FAST = ExecutorConfig(model="fake", block_size=4, fake_block_count=64, max_num_s
 class System:
     """A scheduler that listens, and stubs to talk to it."""
 
-    def __init__(self, app, address, channel):
+    def __init__(self, app, address, channel, stopping):
         self.app = app
+        self.stopping = stopping  # set it to stop the scheduler
         self.address = address
         self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
         self.fleet = fleet_pb2_grpc.FleetServiceStub(channel)
@@ -83,14 +84,15 @@ async def until(condition, timeout_s=20.0):
 @asynccontextmanager
 async def started(executor_count=1, executor=FAST, model="fake", **settings):
     """A running system; `model` is `fake` or a serving folder, whose executors are added with runners."""
-    config = SchedulerConfig(model=str(model), listen=("127.0.0.1:0",), drain_timeout_s=5, **settings)
+    settings = {"listen": ("127.0.0.1:0",), "drain_timeout_s": 5} | settings
+    config = SchedulerConfig(model=str(model), **settings)
     app = SchedulerApp(config, *load_model(config))
     (address,) = await app.start()
     stopping = asyncio.Event()
     running = asyncio.create_task(app.run(stopping))
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        system = System(app, address, channel)
+        system = System(app, address, channel, stopping)
         try:
             for number in range(executor_count):
                 system.add_executor(executor, name=f"e{number}")

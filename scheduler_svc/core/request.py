@@ -28,6 +28,7 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"  # it made a step fail; `Request.error` says how
+    CUT_OFF = "cut off"  # the scheduler ends before it
 
 
 @dataclass(frozen=True, slots=True)

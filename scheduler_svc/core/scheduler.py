@@ -1,6 +1,7 @@
 """The scheduler: events in, plans and outputs out, time as an argument."""
 
 import heapq
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._stranded: set[Request] = set()  # WAITING; no executor that is here now could ever hold them
         self._largest: Capacity | None = None  # of all executors that ever joined
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap; may still hold requests that ended
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap of (deadline, arrival, request)
+        self._ended_deadline_count = 0  # how many of them have ended: never the majority for long
         self._arrival_count = 0
         self._attempt_count = 0
 
@@ -62,7 +64,7 @@ class Scheduler:
         self._arrival_count += 1
         self._requests[request.request_id] = request
         self._waiting.push(request)
-        if request.deadline != float("inf"):
+        if request.deadline != math.inf:
             heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
 
     def _check_fits(self, request: Request) -> None:
@@ -98,6 +100,8 @@ class Scheduler:
         request.finish_reason = reason
         request.error = error
         del self._requests[request.request_id]
+        if request.deadline != math.inf:
+            self._forget_deadline()
 
     def cancel(self, request: Request) -> None:
         """End a request that nobody wants any more."""
@@ -106,12 +110,27 @@ class Scheduler:
     def expire(self, now: float) -> list[Request]:
         """End the requests whose deadline has passed, and return them."""
         expired = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
-            if request.state is not RequestState.FINISHED:
-                self.finish(request, request.output_count, FinishReason.DEADLINE)
-                expired.append(request)
+        while (deadline := self.next_deadline) is not None and deadline <= now:
+            request = self._deadlines[0][2]
+            self.finish(request, request.output_count, FinishReason.DEADLINE)
+            expired.append(request)
         return expired
+
+    @property
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a request that has not ended."""
+        while self._deadlines and self._deadlines[0][2].state is RequestState.FINISHED:
+            heapq.heappop(self._deadlines)
+            self._ended_deadline_count -= 1
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _forget_deadline(self) -> None:
+        """A request with a deadline has ended; let go of the ended ones when they become the majority."""
+        self._ended_deadline_count += 1
+        if self._ended_deadline_count > len(self._deadlines) // 2 + 16:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not RequestState.FINISHED]
+            heapq.heapify(self._deadlines)
+            self._ended_deadline_count = 0
 
     # --- executors ----------------------------------------------------------------------------------------------
 
@@ -121,13 +140,18 @@ class Scheduler:
         self.executors[executor_id] = Executor(executor_id, capacity)
         if self._largest is None or capacity.token_count > self._largest.token_count:
             self._largest = capacity
+        self._call_back_stranded()
+
+    def drain(self, executor_id: str, draining: bool = True) -> None:
+        """Place nothing new on an executor; what runs there goes on. Or, with False, place again."""
+        self.executors[executor_id].draining = draining
+        if not draining:
+            self._call_back_stranded()
+
+    def _call_back_stranded(self) -> None:
         for request in self._stranded:
             self._waiting.push(request)
         self._stranded.clear()
-
-    def drain(self, executor_id: str) -> None:
-        """Place nothing new on an executor; what runs there goes on."""
-        self.executors[executor_id].draining = True
 
     def lose(self, executor_id: str) -> list[Request]:
         """Give up an executor with everything on it. Its requests wait again, in their old order; returns them.
@@ -169,17 +193,16 @@ class Scheduler:
     def _place(self, now: float) -> None:
         """Move waiting requests, oldest first, to executors, until the one whose turn it is has to wait.
 
-        A request that needs a larger executor than there is steps aside until one joins.
+        A request that needs a larger executor than there is, and takes requests, steps aside until one joins.
         """
         while (request := self._waiting.first()) is not None:
             candidates = [executor for executor in self.executors.values() if executor.has_room_for(request)]
-            is_stranded = not candidates and not any(e.could_ever_hold(request) for e in self.executors.values())
-            if not candidates and not is_stranded:
-                return
-            self._waiting.pop()
-            if is_stranded:
-                self._stranded.add(request)
+            if not candidates:
+                if any(e.could_ever_hold(request) and not e.draining for e in self.executors.values()):
+                    return
+                self._stranded.add(self._waiting.pop())
                 continue
+            self._waiting.pop()
             self._attempt_count += 1
             request.attempt = self._attempt_count
             request.placement_count += 1
@@ -273,6 +296,8 @@ class Scheduler:
             unsettled |= {r for _, r in executor.unsettled if r.state is not RequestState.FINISHED}
         assert not queued & unsettled, "a request is queued before the results of its last placement are in"
         assert not self._stranded & (queued | unsettled), "a request is set aside and queued"
+        ended = sum(entry[2].state is RequestState.FINISHED for entry in self._deadlines)
+        assert ended == self._ended_deadline_count, "the ended requests in the heap of deadlines are miscounted"
         somewhere = queued | unsettled | running | self._stranded
         assert somewhere == set(self._requests.values()), "a request is lost, or ended and kept"
         for request in self._requests.values():

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 
 import grpc
@@ -12,6 +13,8 @@ from grpc_status import rpc_status
 from executor_svc.config import ExecutorConfig
 from executor_svc.fake import FakeRunner, next_token
 from paceline.v1 import fleet_pb2, inference_pb2
+from scheduler_svc import wire
+from scheduler_svc.service import InferenceService
 from tests.system import FAST, request, run_executor, started, until
 
 SLOW = replace(FAST, fake_step_us=20_000)
@@ -108,6 +111,34 @@ async def test_the_deadline_of_the_call_is_the_deadline_of_the_request():
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_a_request_can_be_cancelled_while_it_is_still_at_the_door():
+    """Tokenizing a long prompt takes a while; a cancellation that comes meanwhile must not be lost."""
+    async with started(1, SLOW) as system:
+        holding = threading.Event()
+        tokenizer = system.app.door._tokenizer
+        encode = tokenizer.encode
+        tokenizer.encode = lambda text: holding.wait(10) and encode(text)
+        call = system.generate(request("hello", 200, request_id="r"))
+        reading = asyncio.create_task(status_of(call))
+        await until(lambda: "r" in system.app.engine._arriving)
+        again = await status_of(system.generate(request("hello", 200, request_id="r")))
+        await system.inference.Cancel(inference_pb2.CancelRequest(request_id="r"))
+        holding.set()
+        error = await reading
+
+    assert error.code() is grpc.StatusCode.CANCELLED
+    assert again.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_a_deadline_is_forgotten_with_its_request():
+    """Requests with an hour of time that end in a second must not be kept for an hour."""
+    async with started() as system:
+        for _ in range(100):
+            await read_text(system.generate(request("hello", 1), timeout=3600))
+
+        assert len(system.scheduler._deadlines) < 50
+
+
 async def test_a_full_queue_answers_at_once_and_says_when_to_retry():
     """Overload must be visible to clients immediately, not as a time-out minutes later."""
     async with started(1, replace(SLOW, max_num_seqs=1), max_waiting_requests=2) as system:
@@ -152,6 +183,50 @@ async def test_ending_a_batch_frees_all_of_its_requests():
         call.cancel()
         await until(lambda: not system.scheduler.request_count, timeout_s=2)
         await system.idle()
+
+
+class UnreadCall:
+    """The server's side of a batch whose caller sends and does not read, until it is told to."""
+
+    def __init__(self, count):
+        self.reading = asyncio.Event()
+        self.answers = []
+        self._messages = [
+            inference_pb2.GenerateBatchRequest(index=index, request=request(f"p{index}", 2)) for index in range(count)
+        ]
+
+    async def read(self):
+        return self._messages.pop(0) if self._messages else grpc.aio.EOF
+
+    async def write(self, answer):
+        await self.reading.wait()
+        self.answers.append(answer)
+
+    def time_remaining(self):
+        return None
+
+    def invocation_metadata(self):
+        return ()
+
+
+async def test_a_batch_that_nobody_reads_stops_running(monkeypatch):
+    """Answers that wait for their reader take memory; an unread batch must not take all of it."""
+    monkeypatch.setattr("scheduler_svc.service._BATCH_REQUESTS", 5)
+    async with started() as system:
+        accepted = []
+        submit = system.app.engine.submit
+        system.app.engine.submit = lambda made, text: accepted.append(made) or submit(made, text)
+        service = InferenceService(system.app.door, system.app.engine, system.app.fleet, inference_pb2.Model())
+        call = UnreadCall(20)
+        serving = asyncio.create_task(service.GenerateBatch(None, call))
+        await until(lambda: len(accepted) == 5)
+        await system.idle()
+        await asyncio.sleep(0.1)
+        assert len(accepted) == 5
+        call.reading.set()
+        await serving
+
+    assert sorted(answer.index for answer in call.answers) == list(range(20))
 
 
 async def test_a_batch_with_a_repeated_index_is_refused():
@@ -243,6 +318,94 @@ async def test_a_lost_executor_costs_a_pause_and_no_token():
 
     for number, (messages, text) in enumerate(zip(begun, texts, strict=True)):
         assert "".join(message.text for message in messages) + text == expected_text(f"p{number}", 40)
+
+
+async def test_an_executor_that_sends_nonsense_costs_only_its_attachment(monkeypatch):
+    """A bug in one executor, or on the way to it, must not end the scheduler and everybody's streams."""
+    results = []
+
+    def garbled(message):
+        results.append(message)
+        if len(results) == 3:
+            message.token_ids += b"x"
+        elif len(results) == 6:
+            raise RuntimeError("a bug")
+        return decode(message)
+
+    decode = wire.decode_result
+    monkeypatch.setattr(wire, "decode_result", garbled)
+    async with started() as system:
+        messages = [message async for message in system.generate(request("hello", 20))]
+        await system.idle()
+
+    assert "".join(message.text for message in messages) == expected_text("hello", 20)
+    assert messages[-1].usage.recomputation_count == 2
+
+
+async def test_a_second_process_of_one_name_has_to_wait():
+    """Two executors under one name would throw each other out at every renewal, and their requests with them."""
+    async with started(1, SLOW) as system:
+        call = system.generate(request("hello", 20))
+        first = await call.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="another process is attached as executor 'e0'") as caught:
+            await system.fleet.Join(join_request("e0", incarnation=99))
+        rest = [message async for message in call]
+
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert first.prompt_token_count == 5
+    assert rest[-1].usage.recomputation_count == 0
+
+
+async def test_a_replaced_process_does_not_come_back():
+    """A late call of a dead process must not throw out the one that took its place."""
+    async with started(0) as system:
+        await system.fleet.Join(join_request("e", incarnation=1))
+        await system.fleet.Join(join_request("e", incarnation=2))
+        with pytest.raises(grpc.aio.AioRpcError, match="was replaced by a later process"):
+            await system.fleet.Join(join_request("e", incarnation=1))
+
+        assert system.app.fleet.members["e"].joined.incarnation == 2
+
+
+async def test_the_schedulers_own_stall_does_not_cost_executors_their_lease():
+    """Who did not listen cannot say that the others were silent."""
+    async with started(1, SLOW, lease_s=0.6) as system:
+        call = system.generate(request("hello", 30))
+        await call.read()
+        time.sleep(1.5)  # noqa: ASYNC251  the stall that this is about
+        rest = [message async for message in call]
+
+    assert rest[-1].usage.recomputation_count == 0
+
+
+async def test_requests_that_wait_are_served_when_everything_is_stopped_at_once():
+    """`docker stop` sends every process the same signal: what was accepted must still end well."""
+    stopping = asyncio.Event()
+    async with started(0) as system:
+        config = replace(SLOW, scheduler=system.address, executor_id="e", max_num_seqs=1)
+        leaving = asyncio.create_task(run_executor(config, FakeRunner(config), stopping))
+        await system.ready()
+        calls = [system.generate(request(f"p{number}", 8)) for number in range(3)]
+        for call in calls:
+            await call.read()
+        stopping.set()
+        system.stopping.set()
+        texts = await asyncio.gather(*(read_text(call) for call in calls))
+        await asyncio.wait_for(leaving, 10)
+
+    assert texts == [expected_text(f"p{number}", 8) for number in range(3)]
+
+
+async def test_what_cannot_end_in_time_is_cut_off_with_the_reason():
+    """A client that is cut off learns that it may send the request again, and how far it had come."""
+    async with started(1, SLOW, drain_timeout_s=0.3) as system:
+        call = system.generate(request("hello", 200, request_id="r"))
+        await call.read()
+        system.stopping.set()
+        error = await status_of(call)
+
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "the scheduler shut down before request 'r' had ended, after" in error.details()
 
 
 async def test_requests_wait_while_no_executor_is_left():
