@@ -303,6 +303,46 @@ def test_weights_that_are_bfloat16_numbers_are_stored_as_such(model_folder: Path
     assert same_weights(prepared, original)
 
 
+def test_a_gguf_file_is_parsed_at_most_once(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Parsing takes seconds for a vocabulary of real size, and transformers asks for it again and again."""
+    import gguf
+
+    write_gguf(tmp_path / "tiny.gguf", load(model_folder))
+    parsed: list[Path] = []
+    parse = gguf.GGUFReader.__init__
+
+    def counted(reader, path, *options) -> None:
+        parsed.append(path)
+        parse(reader, path, *options)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    prepare(str(tmp_path / "tiny.gguf"), cache_home=tmp_path / "cache")
+
+    assert len(parsed) <= 1
+
+
+@pytest.mark.parametrize("moment", ["unpacking the weights", "ready"])
+def test_a_gguf_file_that_changes_is_parsed_anew(model_folder: Path, tmp_path: Path, moment: str):
+    """What one preparation remembers must not outlive it, however it ends: another file may lie there by then."""
+    import gguf
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    def interrupt(what: str, share: float) -> None:
+        if what == moment:
+            raise KeyboardInterrupt
+
+    write_gguf(tmp_path / "tiny.gguf", load(model_folder))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(tmp_path / "tiny.gguf"), cache_home=tmp_path / "cache", progress=interrupt)
+    changed = load(model_folder).to(torch.bfloat16)
+    write_gguf(tmp_path / "tiny.gguf", changed)
+    prepared = load(prepare(str(tmp_path / "tiny.gguf"), cache_home=tmp_path / "cache").path)
+
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, name_map)
+    assert same_weights(prepared, changed)
+
+
 # --- Several at once, and interruptions ---
 
 
