@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Iterable, Sequence
 
 import grpc
@@ -87,6 +88,10 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     """Listen on `host:port` or `unix:/path`; returns the address with the real port."""
     if not address.startswith("unix:"):
         check_host_port(address)
+    elif _answers(address.removeprefix("unix:")):
+        raise AddressError(
+            f"cannot listen on '{address}': the socket is in use; choose another path, or stop what uses it"
+        )
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -102,6 +107,22 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
+def _answers(path: str) -> bool:
+    """Whether a process listens on the socket at `path`. Asked because gRPC takes it away without a word.
+
+    What a dead process left behind refuses the connection, and may be taken.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # listens, and is busy
+            return True
+        except OSError:
+            return False
+    return True
+
+
 def check_host_port(address: str) -> None:
     """Refuse an address that is not `host:port`."""
     host, _, port = address.rpartition(":")
@@ -109,14 +130,29 @@ def check_host_port(address: str) -> None:
         raise AddressError(f"'{address}' is not an address: give host:port with a port of 0 to 65535, or unix:/path")
 
 
-def reachable(address: str) -> str:
-    """The address under which another process on this machine reaches a server that listens on `address`."""
+def reachable(address: str, peer: str) -> str:
+    """The address under which the process at `peer` reaches a server that listens on `address`.
+
+    Raises `AddressError` when that cannot be told: it listens everywhere, and the peer is on another machine.
+    """
     host, _, port = address.rpartition(":")
+    if not _is(host, "is_unspecified"):
+        return address
+    peer_host = peer.rpartition(":")[0]
+    if not peer.startswith("unix:") and peer_host != "localhost" and not _is(peer_host, "is_loopback"):
+        raise AddressError(
+            f"'{address}' is every address of this machine, and '{peer}' has to be told one of them; "
+            f"say which with --advertise HOST:{port}"
+        )
+    return f"127.0.0.1:{port}"
+
+
+def _is(host: str, kind: str) -> bool:
+    """Whether `host` is an IP address of that kind."""
     try:
-        everywhere = ipaddress.ip_address(host.strip("[]")).is_unspecified
+        return bool(getattr(ipaddress.ip_address(host.strip("[]")), kind))
     except ValueError:
-        everywhere = False
-    return f"127.0.0.1:{port}" if everywhere else address
+        return False
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import os
 import signal
 from collections.abc import Coroutine
 from typing import TypeVar
@@ -24,9 +25,15 @@ def run_loop(main: Coroutine[None, None, T]) -> T:
 
 
 def stop_event() -> asyncio.Event:
-    """An event that SIGTERM or SIGINT sets: the process should drain."""
+    """An event that SIGTERM or SIGINT sets: the process should drain. A second signal ends it at once."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        if event.is_set():
+            os._exit(128 + number)
+        event.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, event.set)
+        loop.add_signal_handler(number, stop, number)
     return event

@@ -36,8 +36,8 @@ class ExecutorConfig:
     """Tokens of one cache block, a power of two."""
 
     cache_memory_bytes: int = 0
-    """Memory for keys and values. 0: measured; on a GPU what `memory_utilization` leaves, on a CPU a quarter of the
-    memory that is available, at most 4 GiB."""
+    """Memory for keys and values. 0: on a GPU what `memory_utilization` leaves when the weights are loaded and the
+    largest step has run, on a CPU a quarter of what is available then, at most 4 GiB."""
 
     memory_utilization: float = 0.9
     """Share of a GPU's memory that weights, cache and the largest step may use together."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor_svc.batch import IntArray, Runner, StepOutput
-from executor_svc.slots import PlanError, Slots
+from executor_svc.slots import PlanError, Slots, read_array
 from paceline.internal.v1 import executor_pb2 as pb
 
 __all__ = ["BrokenDeviceError", "Executor", "PlanError"]
@@ -56,8 +56,8 @@ class Executor:
         if plan.step != self._step + 1:
             raise PlanError(f"plan of step {plan.step}, but step {self._step + 1} is next")
         self._take_changes(plan)
-        chunk_slots = _array(plan.chunk_slots, "<u2")
-        rows, lengths, samples = self._rows(chunk_slots, _array(plan.chunk_token_counts, "<u4"))
+        chunk_slots = read_array(plan.chunk_slots, "<u2")
+        rows, lengths, samples = self._rows(chunk_slots, read_array(plan.chunk_token_counts, "<u4"))
         if int(samples.sum()) != plan.sampling_row_count:
             raise PlanError(
                 f"step {plan.step} samples {plan.sampling_row_count} rows by the scheduler's count, "
@@ -88,13 +88,15 @@ class Executor:
     def _take_changes(self, plan: pb.Plan) -> None:
         """Take in what the plan changes, in the order in which its fields take effect."""
         if plan.dropped_slots:
-            self._slots.drop(_array(plan.dropped_slots, "<u2"))
+            self._slots.drop(read_array(plan.dropped_slots, "<u2"))
         for request in plan.new_requests:
             self._slots.start(request)
         if plan.appended_slots:
-            self._slots.append_blocks(_array(plan.appended_slots, "<u2"), _array(plan.appended_block_ids, "<u4"))
+            self._slots.append_blocks(
+                read_array(plan.appended_slots, "<u2"), read_array(plan.appended_block_ids, "<u4")
+            )
         if plan.paused_slots:
-            self._slots.pause(_array(plan.paused_slots, "<u2"))
+            self._slots.pause(read_array(plan.paused_slots, "<u2"))
 
     def _rows(self, chunk_slots: IntArray, counts: IntArray) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
         """The slots of this step in ascending order, how many tokens each computes, and whether it samples."""
@@ -104,7 +106,8 @@ class Executor:
             return decoding, np.ones(len(decoding), dtype=np.int64), np.ones(len(decoding), dtype=bool)
         if len(counts) != len(chunk_slots) or counts.min() < 1:
             raise PlanError(f"{len(chunk_slots)} chunks have the token counts {counts.tolist()}")
-        if not slots.occupied[chunk_slots].all() or slots.decoding[chunk_slots].any():
+        slots.require(chunk_slots, occupied=True, act="given a chunk")
+        if slots.decoding[chunk_slots].any():
             raise PlanError(f"of the chunks in slots {chunk_slots.tolist()} one is for a slot that is not catching up")
         missing = np.array([len(slots.known[slot]) for slot in chunk_slots.tolist()]) - slots.computed[chunk_slots]
         if (counts > missing).any():
@@ -151,10 +154,6 @@ class Executor:
         computed.token_ids[rows[samples]] = output.token_ids
         computed.forward_s += output.forward_s
         computed.sample_s += output.sample_s
-
-
-def _array(data: bytes, dtype: str) -> IntArray:
-    return np.frombuffer(data, dtype=dtype).astype(np.int64)
 
 
 def _microseconds(seconds: float) -> int:

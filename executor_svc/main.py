@@ -21,6 +21,9 @@ from paceline.internal.v1 import executor_pb2_grpc
 
 log = structlog.get_logger()
 
+_LAST_STEP_S = 5.0
+"""How long the step that runs may still take when everything else has ended."""
+
 Progress = Callable[[str, float], None]
 
 
@@ -65,7 +68,7 @@ class ExecutorApp:
     async def start(self) -> str:
         """Listen; returns the address with its real port."""
         (address,) = await self._server.start([self._config.listen], ["paceline.internal.v1.ExecutorService"])
-        advertised = self._config.advertise or reachable(address)
+        advertised = self._config.advertise or reachable(address, self._config.scheduler)
         self._membership = Membership(
             self._config.scheduler, self.executor_id, self._incarnation, advertised, self._runner.info
         )
@@ -93,9 +96,9 @@ class ExecutorApp:
         if isinstance(outcome, Exception):
             raise outcome
 
-    def join_thread(self) -> None:
-        """Wait for the step that runs now, so that the interpreter does not go away under it."""
-        self._thread.join()
+    def join_thread(self) -> bool:
+        """Wait a little for the step that runs now; returns whether it has ended."""
+        return self._thread.join(_LAST_STEP_S)
 
     async def _drain(self, keeping: asyncio.Task[None]) -> None:
         """Take nothing new; wait until the scheduler detaches because nothing is left, or for as long as is allowed.
@@ -125,13 +128,12 @@ async def _serve(config: ExecutorConfig, runner: Runner) -> int:
         cache_tokens=info.block_count * info.block_size,
         cache_mib=info.cache_bytes // 2**20,
     )
+    exit_code = 0
     try:
         await app.run(stopping)
-    except RefusedError as error:
-        log.error("refused by the scheduler", reason=str(error))
-        return 1
-    except BrokenDeviceError as error:
-        log.error("the process ends", reason=str(error))
-        os._exit(1)  # the device may never give its thread back: do not wait for it
-    await asyncio.to_thread(app.join_thread)
-    return 0
+    except (RefusedError, BrokenDeviceError) as error:
+        log.error("the executor ends", reason=str(error))
+        exit_code = 1
+    if not await asyncio.to_thread(app.join_thread):
+        os._exit(exit_code)  # a stuck device never gives its thread back
+    return exit_code

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.serving_folder import ServingFolder, ServingFolderError
@@ -52,15 +53,7 @@ def load_model(
         raise ModelError(str(error)) from error
     config = _load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
-    with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            dtype=dtype,
-            attn_implementation="eager",  # the oracle of the self-test
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    model = model.to(device).eval()
+    model = _load_weights(folder.path, dtype).to(device).eval()
     return LoadedModel(
         packed=_packed(model, dtype, backend),
         model_name=folder.model_name,
@@ -69,6 +62,23 @@ def load_model(
         end_token_ids=_end_token_ids(folder.path, config.get_text_config()),
         dtype=dtype,
     )
+
+
+def _load_weights(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with _quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation="eager",  # the oracle of the self-test
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the weights in '{path}' cannot be loaded: {reason}; make the folder again with `paceline prepare`"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -60,9 +60,10 @@ class ModelThread:
         """End after the plan that runs now, some time soon."""
         self._plans.put(None)
 
-    def join(self) -> None:
-        """Wait for the end."""
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; returns whether it came."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         free_at = time.perf_counter()
@@ -109,18 +110,21 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
     ) -> None:
         """Serve one attachment until either side ends it."""
         attachment = self._take_over(await _fenced(self._open(context), context))
-        await context.write(self._message(attachment, attached=pb.Attached()))
-        reading = asyncio.create_task(self._read_plans(attachment, context))
-        writing = asyncio.create_task(self._write_results(attachment, context))
+        tasks: list[asyncio.Task[None]] = []
         try:
-            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
-            for task in (reading, writing):
+            await context.write(self._message(attachment, attached=pb.Attached()))
+            tasks += [
+                asyncio.create_task(self._read_plans(attachment, context)),
+                asyncio.create_task(self._write_results(attachment, context)),
+            ]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
                 if task.done():
                     await _fenced(task, context)
         finally:
-            reading.cancel()
-            writing.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             attachment.over = True
             if self._attachment is attachment:
                 self._attachment = None

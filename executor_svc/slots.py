@@ -11,6 +11,14 @@ class PlanError(Exception):
     """A plan contradicts what the executor knows: one side has a bug."""
 
 
+def read_array(data: bytes, dtype: str) -> IntArray:
+    """The integers of a packed field. Raises `PlanError` when it is cut off."""
+    size = np.dtype(dtype).itemsize
+    if len(data) % size:
+        raise PlanError(f"a field of {len(data)} bytes is not a whole number of {size}-byte integers")
+    return np.frombuffer(data, dtype=dtype).astype(np.int64)
+
+
 class Slots:
     """The state of every slot, kept as arrays so that a step of hundreds of decoding requests is a few operations.
 
@@ -43,38 +51,47 @@ class Slots:
 
     def drop(self, slots: IntArray) -> None:
         """Empty slots."""
-        self._require(slots, occupied=True, act="dropped")
+        self.require(slots, occupied=True, act="dropped")
         self.occupied[slots] = self.decoding[slots] = False
 
     def pause(self, slots: IntArray) -> None:
         """Stop slots from decoding."""
-        self._require(slots, occupied=True, act="paused")
+        self.require(slots, occupied=True, act="paused")
         self.decoding[slots] = False
 
     def start(self, request: pb.NewRequest) -> None:
         """Put a new request into its slot."""
         slot = request.slot
-        self._require(np.array([slot]), occupied=False, act="started")
+        self.require(np.array([slot]), occupied=False, act="started")
+        known = read_array(request.token_ids, "<u4")
         if len(request.block_tables) != 1:
             raise PlanError(f"slot {slot} starts with {len(request.block_tables)} block tables; there is 1 layer group")
+        if not len(known) or known.max() >= self._info.vocabulary_size or request.computed_count >= len(known):
+            raise PlanError(
+                f"slot {slot} starts with {len(known)} tokens up to {known.max(initial=0)}, "
+                f"{request.computed_count} of them computed; it needs one to compute, and the vocabulary ends at "
+                f"{self._info.vocabulary_size - 1}"
+            )
         self.occupied[slot] = True
         self.decoding[slot] = self.halted[slot] = False
         self.computed[slot] = request.computed_count
         self.output_count[slot] = request.output_count
         self.max_output_count[slot] = request.max_output_count
-        self.known[slot] = np.frombuffer(request.token_ids, dtype="<u4").astype(np.int64)
-        self.stop_token_ids[slot] = frozenset(np.frombuffer(request.stop_token_ids, dtype="<u4").tolist())
+        self.known[slot] = known
+        self.stop_token_ids[slot] = frozenset(read_array(request.stop_token_ids, "<u4").tolist())
         self.request_ids[slot] = request.request_id
         sampling = request.sampling
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
         self.top_p[slot], self.min_p[slot], self.seed[slot] = sampling.top_p, sampling.min_p, sampling.seed
         self.block_counts[slot] = 0
-        blocks = np.frombuffer(request.block_tables[0], dtype="<u4")
-        self.append_blocks(np.full(len(blocks), slot), blocks.astype(np.int64))
+        blocks = read_array(request.block_tables[0], "<u4")
+        self.append_blocks(np.full(len(blocks), slot), blocks)
 
     def append_blocks(self, slots: IntArray, block_ids: IntArray) -> None:
         """Append each block to the table of the slot beside it."""
-        self._require(slots, occupied=True, act="given a block")
+        self.require(slots, occupied=True, act="given a block")
+        if len(slots) != len(block_ids):
+            raise PlanError(f"{len(block_ids)} blocks are given to {len(slots)} slots; each needs one")
         if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < self._info.block_count:
             raise PlanError(f"block {block_ids.max()} is given away, but there are {self._info.block_count}")
         for slot, block in zip(slots.tolist(), block_ids.tolist(), strict=True):
@@ -134,7 +151,7 @@ class Slots:
             slot, end = rows[short[0]], ends[short[0]]
             raise PlanError(f"slot {slot} computes up to token {end} but has {self.block_counts[slot]} blocks")
 
-    def _require(self, slots: IntArray, *, occupied: bool, act: str) -> None:
+    def require(self, slots: IntArray, *, occupied: bool, act: str) -> None:
         if len(slots) and not 0 <= slots.min() <= slots.max() < self._info.slot_count:
             raise PlanError(f"slot {slots.max()} is {act}, but there are {self._info.slot_count}")
         wrong = slots[self.occupied[slots] != occupied]

@@ -14,6 +14,8 @@ from paceline_cli.config_flags import Settings, flags_for
 from paceline_cli.supervisor import ChildCommand
 from scheduler_svc.config import SchedulerConfig
 
+_CPU_CACHE_LIMIT = 4 << 30  # as of one executor alone: what all of them together take by default
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -21,6 +23,7 @@ class Machine:
 
     core_count: int
     gpu_count: int
+    available_bytes: int  # memory
 
     @classmethod
     def here(cls) -> Machine:
@@ -31,7 +34,9 @@ class Machine:
         else:
             gpu_count = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
         affinity = getattr(os, "sched_getaffinity", None)
-        return cls(len(affinity(0)) if affinity else os.cpu_count() or 1, gpu_count)
+        from executor_svc.machine import available_memory_bytes
+
+        return cls(len(affinity(0)) if affinity else os.cpu_count() or 1, gpu_count, available_memory_bytes())
 
 
 def paceline_command(verb: str, *words: str) -> tuple[str, ...]:
@@ -86,6 +91,8 @@ def _share(index: int, count: int, settings: Settings, machine: Machine) -> Sett
         share["device"] = f"cuda:{index % machine.gpu_count}"
         neighbour_count = len(range(index % machine.gpu_count, count, machine.gpu_count))
         share["memory_utilization"] = settings["memory_utilization"] / neighbour_count
+    elif not settings["cache_memory_bytes"]:
+        share["cache_memory_bytes"] = min(_CPU_CACHE_LIMIT, machine.available_bytes // 4) // count
     return share
 
 

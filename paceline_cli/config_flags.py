@@ -71,7 +71,7 @@ _FLAGS = {
     ),
     "max_waiting_requests": _count("--max-waiting-requests", _LIMITS, "Requests that may wait in the queue."),
     "max_waiting_tokens": _count("--max-waiting-tokens", _LIMITS, "Prompt tokens that may wait in the queue."),
-    "max_prompt_bytes": _size("--max-prompt-bytes", _LIMITS, "Largest text prompt, as 4MiB."),
+    "max_prompt_bytes": _size("--max-prompt-bytes", _LIMITS, "Largest text or conversation, as 1MiB."),
     "scheduler": _flag("--scheduler", _NETWORK, "Scheduler to join: host:port or unix:/path.", metavar="ADDRESS"),
     "listen": _flag("--listen", _NETWORK, "Address to serve on: host:port or unix:/path.", metavar="ADDRESS"),
     "advertise": _flag("--advertise", _NETWORK, "Address at which the scheduler reaches it.", metavar="ADDRESS"),

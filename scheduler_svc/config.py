@@ -1,5 +1,6 @@
 """What an operator can set on a scheduler."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -22,8 +23,8 @@ class SchedulerConfig:
     max_waiting_tokens: int = 4_194_304
     """Prompt tokens of all waiting requests together; beyond it too the answer is `RESOURCE_EXHAUSTED`."""
 
-    max_prompt_bytes: int = 4 * 1024 * 1024
-    """Largest text prompt that is tokenized at all."""
+    max_prompt_bytes: int = 1024 * 1024
+    """Largest text or conversation that is tokenized at all; raise it for models with contexts of millions."""
 
     lease_s: float = 5.0
     """Silence after which an executor counts as lost."""
@@ -34,3 +35,13 @@ class SchedulerConfig:
 
     drain_timeout_s: float = 30.0
     """How long running requests may still finish after a stop signal."""
+
+
+def check_settings(config: SchedulerConfig) -> None:
+    """Refuse settings that nothing could be served with. Raises `ValueError`."""
+    if not 0.5 <= config.lease_s <= 3600:  # NaN is refused here too
+        raise ValueError(f"lease must be 0.5 to 3600 seconds, got {config.lease_s:g}")
+    if not 0 < config.step_timeout_s < math.inf:
+        raise ValueError(f"step timeout must be above 0 seconds and finite, got {config.step_timeout_s:g}")
+    if not 0 <= config.drain_timeout_s < math.inf:
+        raise ValueError(f"drain timeout must be 0 seconds or more and finite, got {config.drain_timeout_s:g}")

@@ -14,7 +14,7 @@ from common.processes import run_loop, stop_event
 from common.serving_folder import ServingFolder
 from paceline.v1 import fleet_pb2_grpc, inference_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
-from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.config import SchedulerConfig, check_settings
 from scheduler_svc.door import Door
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
@@ -32,9 +32,10 @@ _LAST_CHUNKS_S = 5.0  # for slow readers, once every request has ended; over as 
 def serve(config: SchedulerConfig) -> int:
     """Run a scheduler until it is told to stop; returns the exit code of the process.
 
-    Raises `ServingFolderError` when the model is not a serving folder, `AddressError` when an address cannot be
-    listened on.
+    Raises `ValueError` for settings out of range, `ServingFolderError` when the model is not a serving folder,
+    `AddressError` when an address cannot be listened on.
     """
+    check_settings(config)
     model_name, fingerprint, tokenizer, defaults = load_model(config)
     return run_loop(_serve(config, model_name, fingerprint, tokenizer, defaults))
 

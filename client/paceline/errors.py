@@ -16,6 +16,7 @@ tokens had been delivered already. Every error is a `PacelineError`.
 """
 
 # ruff: noqa: N818 - `except Overloaded` says it all
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -96,6 +97,9 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[PacelineError]] = {
 }
 """The table above; a status that is not here is a `ServerError`."""
 
+# gRPC itself refuses what is too large to read, with the status of a full queue.
+_TOO_LARGE = re.compile(r"^SERVER: Received message larger than max \((\d+) vs\. (\d+)\)")
+
 _STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -114,7 +118,11 @@ def error_of_number(number: int, message: str, request_id: str) -> PacelineError
 def error_of_call(failure: grpc.RpcError, request_id: str = "", note: str = "") -> PacelineError:
     """The error that stands for a failed call; `note` is added to the message of the server."""
     message = failure.details() or f"the call ended with {failure.code().name} and no message"
-    error = error_of(failure.code(), message + note, request_id, _retry_after_s(failure))
+    code = failure.code()
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        message = f"the request has {sizes[1]} bytes, the server takes at most {sizes[2]}; shorten the prompt"
+    error = error_of(code, message + note, request_id, _retry_after_s(failure))
     error.__cause__ = failure
     return error
 

@@ -106,6 +106,16 @@ def test_does_not_retry_what_cannot_get_better(client, server, code):
     assert len(server.requests) == 1
 
 
+def test_a_message_beyond_the_limit_is_the_requests_fault(client, server):
+    """gRPC gives it the status of a full queue; sending megabytes again would be refused again."""
+    details = "SERVER: Received message larger than max (80000047 vs. 67108864)"
+    server.scripts.append((Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, details),))
+
+    with pytest.raises(InvalidRequest, match="has 80000047 bytes, the server takes at most 67108864; shorten"):
+        client.generate("Say hello", stream=False)
+    assert len(server.requests) == 1
+
+
 def test_waits_as_long_as_an_overloaded_server_asks(client, server):
     """Clients that come back early keep an overloaded server overloaded."""
     server.scripts.extend([(Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_s=0.3),), HELLO])

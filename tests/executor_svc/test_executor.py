@@ -161,7 +161,12 @@ def test_a_dead_device_ends_the_process_instead_of_failing_requests(executor, ru
         (pb.Plan(step=1, new_requests=[start(0, [1], [0])] * 2), "slot 0 is started but is taken"),
         (pb.Plan(step=1, sampling_row_count=1), "samples 1 rows by the scheduler's count, 0 by the executor's"),
         (first_plan(start(0, [1, 2, 3, 4, 5], [0])), "slot 0 computes up to token 5 but has 1 blocks"),
-        (pb.Plan(step=1, chunk_slots=u16(1), chunk_token_counts=u32(1)), "a slot that is not catching up"),
+        (pb.Plan(step=1, chunk_slots=u16(1), chunk_token_counts=u32(1)), "slot 1 is given a chunk but is empty"),
+        (pb.Plan(step=1, chunk_slots=u16(9), chunk_token_counts=u32(1)), "slot 9 is given a chunk, but there are 4"),
+        (pb.Plan(step=1, dropped_slots=b"x"), "a field of 1 bytes is not a whole number of 2-byte integers"),
+        (pb.Plan(step=1, new_requests=[start(0, [257], [0])]), "up to 257, 0 of them computed.* ends at 256"),
+        (pb.Plan(step=1, new_requests=[start(0, [], [0])]), "slot 0 starts with 0 tokens"),
+        (pb.Plan(step=1, new_requests=[start(0, [1], [0])], appended_slots=u16(0)), "0 blocks are given to 1 slots"),
     ],
 )
 def test_refuses_a_plan_that_contradicts_what_it_knows(executor, plan, message):

@@ -28,7 +28,9 @@ async def served(step_us=0.0):
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield executor_pb2_grpc.ExecutorServiceStub(channel)
+        stub = executor_pb2_grpc.ExecutorServiceStub(channel)
+        stub.service = service
+        yield stub
     await server.stop(0)
     thread.stop()
     thread.join()
@@ -133,6 +135,24 @@ async def test_refuses_a_plan_that_was_meant_for_somebody_else(values):
         await call.write(plan_message(first_plan(start(0, [1], [0])), **values))
 
         assert (await refusal(call))[0] is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_an_attachment_that_dies_while_it_opens_leaves_nothing_behind():
+    """A drain waits for the scheduler to detach; a stream that never opened must not be waited for."""
+    async with served() as stub:
+        for _ in range(20):
+            call = stub.Attach()
+            await call.write(attach_message())
+            call.cancel()
+        await asyncio.sleep(0.2)
+        call = await attach(stub)
+        await call.write(plan_message(first_plan(start(0, [1], [0]))))
+
+        assert tokens_of((await call.read()).result) == [next_token([1])]
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+        async with asyncio.timeout(5):
+            await stub.service.detached.wait()
 
 
 async def test_refuses_a_third_plan_without_a_result():

@@ -7,7 +7,15 @@ from pathlib import Path
 from paceline_cli.children import Machine, executor_children, scheduler_child
 from paceline_cli.serve import readable
 
-SETTINGS = {"threads": 0, "device": "auto", "memory_utilization": 0.9, "lease_s": 2.0, "max_num_seqs": 8}
+MEMORY = 8 << 30
+SETTINGS = {
+    "threads": 0,
+    "device": "auto",
+    "memory_utilization": 0.9,
+    "cache_memory_bytes": 0,
+    "lease_s": 2.0,
+    "max_num_seqs": 8,
+}
 
 
 def flag_of(command: tuple[str, ...], name: str) -> str:
@@ -24,7 +32,7 @@ def children(count: int, machine: Machine, **more) -> list[tuple[str, ...]]:
 def test_executors_join_the_scheduler_where_it_listens():
     """They are wired by command line alone, so a restarted one finds its place again."""
     scheduler = scheduler_child("fake", Path("/run/x"), "127.0.0.1:50051", SETTINGS).command
-    first, second = children(2, Machine(8, 0))
+    first, second = children(2, Machine(8, 0, MEMORY))
 
     listening = [scheduler[i + 1] for i, word in enumerate(scheduler) if word == "--listen"]
     assert listening == ["unix:/run/x/scheduler.sock", "127.0.0.1:50051"]
@@ -35,16 +43,24 @@ def test_executors_join_the_scheduler_where_it_listens():
     assert flag_of(first, "--max-num-seqs") == "8"
 
 
+def test_several_executors_share_the_memory_that_one_would_take():
+    """Each on its own would take a quarter of what is free: four of them all of it."""
+    commands = children(4, Machine(8, 0, MEMORY))
+
+    assert [flag_of(command, "--cache-memory") for command in commands] == [str((2 << 30) // 4)] * 4
+    assert flag_of(children(4, Machine(8, 0, MEMORY), cache_memory_bytes=1 << 20)[0], "--cache-memory") == str(1 << 20)
+
+
 def test_several_executors_share_the_cores():
     """Each taking all of them makes every one of them slow."""
-    assert [flag_of(command, "--threads") for command in children(4, Machine(8, 0))] == ["2"] * 4
-    assert [flag_of(command, "--threads") for command in children(4, Machine(2, 0))] == ["1"] * 4
-    assert [flag_of(command, "--threads") for command in children(2, Machine(8, 0), threads=3)] == ["3"] * 2
+    assert [flag_of(command, "--threads") for command in children(4, Machine(8, 0, MEMORY))] == ["2"] * 4
+    assert [flag_of(command, "--threads") for command in children(4, Machine(2, 0, MEMORY))] == ["1"] * 4
+    assert [flag_of(command, "--threads") for command in children(2, Machine(8, 0, MEMORY), threads=3)] == ["3"] * 2
 
 
 def test_an_executor_alone_decides_for_itself():
     """It knows its device better than the supervisor does."""
-    (command,) = children(1, Machine(8, 2))
+    (command,) = children(1, Machine(8, 2, MEMORY))
 
     assert flag_of(command, "--threads") == "0"
     assert flag_of(command, "--device") == "auto"
@@ -52,11 +68,14 @@ def test_an_executor_alone_decides_for_itself():
 
 def test_several_executors_spread_over_the_gpus():
     """Two on one GPU would each take nine tenths of its memory."""
-    commands = children(3, Machine(8, 2))
+    commands = children(3, Machine(8, 2, MEMORY))
 
     assert [flag_of(command, "--device") for command in commands] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [flag_of(command, "--gpu-memory-utilization") for command in commands] == ["0.45", "0.9", "0.45"]
-    assert [flag_of(command, "--device") for command in children(2, Machine(8, 2), device="cpu")] == ["cpu", "cpu"]
+    assert [flag_of(command, "--device") for command in children(2, Machine(8, 2, MEMORY), device="cpu")] == [
+        "cpu",
+        "cpu",
+    ]
 
 
 def test_log_lines_of_children_are_readable():

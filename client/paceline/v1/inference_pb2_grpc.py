@@ -33,7 +33,8 @@ class InferenceServiceStub:
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Nothing was started: retry with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
+    what was delivered stands and the rest was cut off. Send the request again, with backoff.
     """
 
     def __init__(self, channel):
@@ -72,7 +73,8 @@ class InferenceServiceServicer:
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Nothing was started: retry with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
+    what was delivered stands and the rest was cut off. Send the request again, with backoff.
     """
 
     def Generate(self, request, context):
@@ -104,7 +106,7 @@ class InferenceServiceServicer:
 
         Errors, beside those of the service:
 
-        * `INVALID_ARGUMENT`: an `index` was used twice. The stream ends.
+        * `INVALID_ARGUMENT`: an `index` was used twice, or a message cannot be read. The stream ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,7 +167,8 @@ class InferenceService:
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Nothing was started: retry with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
+    what was delivered stands and the rest was cut off. Send the request again, with backoff.
     """
 
     @staticmethod

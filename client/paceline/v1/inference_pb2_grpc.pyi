@@ -34,7 +34,8 @@ class InferenceServiceStub:
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Nothing was started: retry with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
+      what was delivered stands and the rest was cut off. Send the request again, with backoff.
     """
 
     @_typing.overload
@@ -66,7 +67,7 @@ class InferenceServiceStub:
 
     Errors, beside those of the service:
 
-    * `INVALID_ARGUMENT`: an `index` was used twice. The stream ends.
+    * `INVALID_ARGUMENT`: an `index` was used twice, or a message cannot be read. The stream ends.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """Cancels a request by id. Its stream ends with `CANCELLED`; its blocks are free within one step.
@@ -85,7 +86,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Nothing was started: retry with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
+      what was delivered stands and the rest was cut off. Send the request again, with backoff.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -114,7 +116,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     Errors, beside those of the service:
 
-    * `INVALID_ARGUMENT`: an `index` was used twice. The stream ends.
+    * `INVALID_ARGUMENT`: an `index` was used twice, or a message cannot be read. The stream ends.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a request by id. Its stream ends with `CANCELLED`; its blocks are free within one step.
@@ -132,7 +134,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Nothing was started: retry with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
+      what was delivered stands and the rest was cut off. Send the request again, with backoff.
     """
 
     @_abc_1.abstractmethod
@@ -171,7 +174,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors, beside those of the service:
 
-        * `INVALID_ARGUMENT`: an `index` was used twice. The stream ends.
+        * `INVALID_ARGUMENT`: an `index` was used twice, or a message cannot be read. The stream ends.
         """
 
     @_abc_1.abstractmethod

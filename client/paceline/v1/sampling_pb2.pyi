@@ -36,7 +36,8 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits, 0 to 100. 0 takes the most likely token (greedy) and makes the other fields irrelevant.
-    Unset: greedy, unless the model's own default is to sample; then the model's value, or 1.
+    Unset: greedy, unless the model's own default is to sample or one of `top_k`, `top_p` and `min_p` is set; then the
+    model's value, or 1.
     """
     top_k: _builtins.int
     """Keeps the `top_k` most likely tokens. 0 keeps all. Unset: 0."""
