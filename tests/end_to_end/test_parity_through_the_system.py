@@ -1,0 +1,131 @@
+"""Scheduler, streams and executors with real models together give the tokens of transformers' own `generate()`."""
+
+import asyncio
+import threading
+
+import pytest
+
+from paceline import AsyncClient
+from paceline.v1 import fleet_pb2
+from tests.executor_svc.test_parity import generate, prompts
+from tests.parity import assert_same_tokens
+from tests.system import started, until
+from tests.tiny_models import build_model
+
+# One or more of each kind; the executor's own tests hold every architecture there is.
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "mixtral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "phi3",
+    "gpt2",
+    "opt",
+    "llama4_text",
+    "deepseek_v3",
+)
+PROMPT_LENGTHS = (5, 1, 45, 3, 8, 2, 50, 12, 23)  # the longest take several steps of 16 tokens
+OUTPUT_COUNT = 20
+BLOCK_COUNT = 24  # 96 tokens: many short requests can start, and cannot all grow
+
+
+class Gated:
+    """A runner that runs nothing before its gate is open, so that requests are there together."""
+
+    def __init__(self, runner, gate):
+        self.info = runner.info
+        self.check_device = runner.check_device
+        self._runner = runner
+        self._gate = gate
+
+    def run(self, batch):
+        assert self._gate.wait(30), "the gate stayed shut"
+        return self._runner.run(batch)
+
+
+async def outputs_of(system, prompt_list, **options):
+    """Send all prompts together; their outputs in the same order."""
+    options = {"max_output_tokens": OUTPUT_COUNT, "ignore_eos": True} | options
+    async with AsyncClient(system.address) as client:
+        calls = [asyncio.create_task(client.generate(p, stream=False, **options)) for p in prompt_list]
+        await until(lambda: system.gate.is_set() or system.scheduler.request_count == len(calls))
+        system.gate.set()
+        return await asyncio.gather(*calls)
+
+
+async def step_counts(system):
+    """Steps that each executor has answered."""
+    listed = await system.fleet.ListExecutors(fleet_pb2.ListExecutorsRequest())
+    return [executor.step for executor in listed.executors]
+
+
+async def add_all(system, runners):
+    """Start an executor for each runner, behind one gate that the first requests open."""
+    system.gate = threading.Event()
+    for number, runner in enumerate(runners):
+        system.add_executor(runner=Gated(runner, system.gate), name=f"e{number}")
+    await system.ready(len(runners))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_gives_the_tokens_of_generate(serving_folder, tight_runners, architecture):
+    """Two executors, prompts in chunks, caches so small that requests are preempted: nobody can tell."""
+    prompt_list = prompts(PROMPT_LENGTHS)
+    async with started(0, model=serving_folder(architecture)) as system:
+        await add_all(system, tight_runners(architecture, 2, BLOCK_COUNT))
+        outputs = await outputs_of(system, prompt_list)
+        steps = await step_counts(system)
+        await system.idle()
+
+    model = build_model(architecture)
+    expected_ids = [generate(model, prompt, OUTPUT_COUNT) for prompt in prompt_list]
+    assert len({token for ids in expected_ids for token in ids}) > 12, "the references repeat: they match by accident"
+    for prompt, expected, output in zip(prompt_list, expected_ids, outputs, strict=True):
+        assert_same_tokens(model, prompt, expected, output.token_ids)
+    assert min(steps) > OUTPUT_COUNT, "an executor had nothing to do"
+    assert sum(output.usage.recomputation_count for output in outputs) > 0, "nobody was preempted"
+
+
+async def test_one_executor_alone_gives_the_same_tokens_under_more_pressure(serving_folder, tight_runners):
+    """All requests over one small cache: some are preempted again and again, and still lose nothing."""
+    prompt_list = prompts(PROMPT_LENGTHS * 2)
+    async with started(0, model=serving_folder("llama")) as system:
+        await add_all(system, tight_runners("llama", 1, BLOCK_COUNT))
+        outputs = await outputs_of(system, prompt_list)
+        await system.idle()
+
+    model = build_model("llama")
+    for prompt, output in zip(prompt_list, outputs, strict=True):
+        assert_same_tokens(model, prompt, generate(model, prompt, OUTPUT_COUNT), output.token_ids)
+    assert sum(output.usage.recomputation_count for output in outputs) > 1, "nobody was preempted"
+
+
+async def test_a_seed_gives_the_same_tokens_alone_in_a_batch_elsewhere_and_after_preemption(
+    serving_folder, load_runner, tight_runners
+):
+    """A seed is a promise: users compare runs by it, whatever else the fleet did meanwhile."""
+    prompt_list = prompts(PROMPT_LENGTHS)
+    sampling = {"temperature": 0.9, "top_p": 0.95, "seed": 2**63 + 11}
+    async with started(0, model=serving_folder("llama")) as system:
+        await add_all(system, [load_runner("llama")])
+        alone = [output for prompt in prompt_list for output in await outputs_of(system, [prompt], **sampling)]
+        together = await outputs_of(system, prompt_list, **sampling)
+        greedy = await outputs_of(system, prompt_list)
+        other_seed = await outputs_of(system, prompt_list, **(sampling | {"seed": 5}))
+    async with started(0, model=serving_folder("llama")) as system:
+        await add_all(system, tight_runners("llama", 2, BLOCK_COUNT))
+        elsewhere = await outputs_of(system, prompt_list, **sampling)
+        steps = await step_counts(system)
+
+    expected = [output.token_ids for output in alone]
+    assert [output.token_ids for output in together] == expected
+    assert [output.token_ids for output in elsewhere] == expected
+    assert min(steps) > OUTPUT_COUNT, "an executor had nothing to do"
+    assert sum(output.usage.recomputation_count for output in elsewhere) > 0, "nobody was preempted"
+    for others in (greedy, other_seed):
+        assert not {output.token_ids for output in others} & set(expected), "the seed makes no difference"
