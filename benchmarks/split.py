@@ -149,7 +149,7 @@ async def compare(arguments: argparse.Namespace, executor: ExecutorConfig) -> No
                     idle += [] if share is None else [share]
                 finally:
                     side.stop()
-    title = f"{executor.model}: {arguments.requests} requests, {arguments.output_tokens} tokens each"
+    title = f"{Path(executor.model).name}: {arguments.requests} requests, {arguments.output_tokens} tokens each"
     table = Table("", "tokens/s", "first token, ms", title=title)
     for mode, runs in results.items():
         speed, first = (statistics.median(column) for column in zip(*runs, strict=True))
@@ -190,11 +190,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fake")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="of the model, so that the rest of the cores stay free")
     parser.add_argument("--fake-step-us", type=float, default=20_000)
     arguments = parser.parse_args()
-    executor = ExecutorConfig(model=arguments.model, executor_id="e", fake_step_us=arguments.fake_step_us)
+    executor = ExecutorConfig(
+        model=arguments.model, executor_id="e", threads=arguments.threads, fake_step_us=arguments.fake_step_us
+    )
     asyncio.run(compare(arguments, executor))
 
 

@@ -30,7 +30,7 @@ class ExecutorConfig:
     else float32."""
 
     threads: int = 0
-    """CPU threads for the model. 0: all cores that the process may use, but one where these are more than two."""
+    """CPU threads for the model. 0: all cores that the process may use, but one where a CPU runs the model."""
 
     block_size: int = 16
     """Tokens of one cache block, a power of two."""

@@ -105,11 +105,15 @@ class TorchRunner:
 
 
 def thread_count(wanted: int, device: torch.device) -> int:
-    """Threads for the model: what is wanted, or all cores but one where a CPU runs the model and has more than two."""
+    """Threads for the model: what is wanted, or all cores, but one where a CPU runs the model.
+
+    The core that is left serves the scheduler and clients: threads that wait for each other at every layer lose more
+    by sharing it than they gain.
+    """
     if wanted:
         return wanted
     cores = usable_core_count()
-    return cores - 1 if device.type == "cpu" and cores > 2 else cores
+    return max(1, cores - 1) if device.type == "cpu" else cores
 
 
 def _forward(model: PackedModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
