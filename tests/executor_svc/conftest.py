@@ -45,6 +45,6 @@ def load_runner(serving_folder: Callable[[str], Path]) -> Callable[..., TorchRun
 
 @pytest.fixture(scope="session", autouse=True)
 def ties_stay_rare() -> Iterator[None]:
-    """Hold the ties of all comparisons of this session to what chance allows."""
+    """Hold the ties of all comparisons of a test run to what chance allows."""
     yield
     parity.counter.check()
