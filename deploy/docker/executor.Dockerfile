@@ -8,6 +8,7 @@
 #                  gigabytes smaller. Empty: pip's own index, whose builds for Linux bring CUDA with them.
 
 FROM python:3.12-slim AS build
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=
 RUN python -m venv /opt/paceline
@@ -23,7 +24,7 @@ RUN useradd --create-home --uid 10001 paceline && install -d -o paceline /models
 COPY --from=build /opt/paceline /opt/paceline
 # Prepared models go to the volume, so that scheduler and executors open the same folder.
 ENV PATH=/opt/paceline/bin:$PATH PYTHONUNBUFFERED=1 PACELINE_CACHE=/models
-USER paceline
+USER 10001
 VOLUME /models
 EXPOSE 50061
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 CMD ["paceline", "health", "localhost:50061"]

@@ -12,7 +12,7 @@ FROM python:3.12-slim
 RUN useradd --create-home --uid 10001 paceline
 COPY --from=build /opt/paceline /opt/paceline
 ENV PATH=/opt/paceline/bin:$PATH PYTHONUNBUFFERED=1
-USER paceline
+USER 10001
 EXPOSE 50051
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["paceline", "health", "localhost:50051"]
 # SIGTERM drains: running requests finish first. Give the container longer than --drain-timeout before it is killed.
