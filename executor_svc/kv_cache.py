@@ -1,9 +1,11 @@
 """The paged cache: keys and values of every layer, in blocks that a block table puts in order."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -51,11 +53,10 @@ class PagedPool:
         self.byte_count = token_bytes(shapes, dtype) * block_size * (block_count + 1)
         blocks = (block_count + 1, block_size)
         self._keys = {
-            layer: torch.zeros(*blocks, shape.key_heads, shape.key_dim, dtype=dtype, device=device)
-            for layer, shape in shapes.items()
+            layer: _zeros((*blocks, shape.key_heads, shape.key_dim), dtype, device) for layer, shape in shapes.items()
         }
         self._values = {
-            layer: torch.zeros(*blocks, shape.value_heads, shape.value_dim, dtype=dtype, device=device)
+            layer: _zeros((*blocks, shape.value_heads, shape.value_dim), dtype, device)
             for layer, shape in shapes.items()
         }
 
@@ -66,6 +67,16 @@ class PagedPool:
     def values(self, layer: int) -> torch.Tensor:
         """The layer's values, one row for each token slot: `[slots, heads, dim]`."""
         return self._values[layer].flatten(0, 1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros. On a CPU the system hands out their pages when they are first written, so that neither the start nor
+    the machine pays for blocks that are never used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    untouched = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(shape)
 
 
 class PagedCache(Cache):
