@@ -68,6 +68,7 @@ class ExecutorLink:
         self._step_times_us: deque[int] = deque(maxlen=64)
         self.answered_step = 0
         self._detached = False
+        self._opened = False  # whether the last attachment was ever open
 
     @property
     def step_us(self) -> int:
@@ -104,11 +105,14 @@ class ExecutorLink:
         async with open_channel(self._address) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
             while not self._detached:
+                self._opened = False
                 reason = await self._attach(stub)
-                if self.answered_step:
+                if self._opened:
                     pause_s = _FIRST_RETRY_S
                 if not self._detached:
-                    log.warning("executor detached", executor_id=self.executor_id, reason=reason, retry_s=pause_s)
+                    # Once for each attachment; how often an executor that is gone was called is no news.
+                    tell = log.warning if self._opened else log.debug
+                    tell("executor detached", executor_id=self.executor_id, reason=reason, retry_s=pause_s)
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LAST_RETRY_S)
 
@@ -125,7 +129,7 @@ class ExecutorLink:
             self._check(first, "attached")
             log.info("executor attached", executor_id=self.executor_id, address=self._address)
             sending = asyncio.create_task(self._send_messages(call))
-            self.is_attached = True
+            self.is_attached = self._opened = True
             self._events.attached(self, self._capacity)
             while (message := await call.read()) is not grpc.aio.EOF:
                 self._take_result(self._check(message, "result"))
