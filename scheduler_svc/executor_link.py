@@ -101,7 +101,7 @@ class ExecutorLink:
 
     async def keep(self) -> None:
         """Attach, and attach again whenever the stream ends, until cancelled."""
-        pause_s = _FIRST_RETRY_S
+        pause_s, told = _FIRST_RETRY_S, ""
         async with open_channel(self._address) as channel:
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
             while not self._detached:
@@ -110,9 +110,10 @@ class ExecutorLink:
                 if self._opened:
                     pause_s = _FIRST_RETRY_S
                 if not self._detached:
-                    # Once for each attachment; how often an executor that is gone was called is no news.
-                    tell = log.warning if self._opened else log.debug
-                    tell("executor detached", executor_id=self.executor_id, reason=reason, retry_s=pause_s)
+                    if self._opened or reason != told:  # that it still does not answer is no news
+                        event = "executor detached" if self._opened else "executor does not answer"
+                        log.warning(event, executor_id=self.executor_id, address=self._address, reason=reason)
+                    told = reason
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LAST_RETRY_S)
 
