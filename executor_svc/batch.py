@@ -10,6 +10,29 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
 
+NO_BLOCK = -1
+"""Entry of a block table behind what the layers of its group see: nothing reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that see the same earlier positions, and so share one block table for each request."""
+
+    block_size: int  # tokens that a block holds for this group
+    window: int = 0  # a position sees the last `window` ones, its own included; 0: all
+    chunk: int = 0  # a position sees only those of its own chunk of this many; 0: all
+    layer_count: int = 1
+
+    def first_seen(self, position: IntArray) -> IntArray:
+        """The first position that each position sees."""
+        first = np.zeros_like(position)
+        if self.window:
+            first = np.maximum(first, position - self.window + 1)
+        if self.chunk:
+            first = np.maximum(first, position // self.chunk * self.chunk)
+        return first
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """How each of the S sampling rows chooses its token; every default resolved."""
@@ -20,6 +43,7 @@ class SamplingBatch:
     top_p: FloatArray  # [S] 1 keeps all
     min_p: FloatArray  # [S] 0 keeps all
     seed: NDArray[np.uint64]  # [S]
+    choice: IntArray  # [S] which of the continuations of its prompt the row is
     output_index: IntArray  # [S] how many tokens the request has generated before this one
 
     def __len__(self) -> int:
@@ -31,15 +55,15 @@ class StepBatch:
     """R rows (requests) of one step, their T tokens laid end to end.
 
     Row i computes `query_lengths[i]` tokens that end at `context_lengths[i]`: its first token has position
-    `context_lengths[i] - query_lengths[i]`. The keys and values of position p belong in block
-    `block_tables[i, p // block_size]` at offset `p % block_size`.
+    `context_lengths[i] - query_lengths[i]`. For the layers of group g, whose blocks hold B tokens, the keys and values
+    of position p belong in block `block_tables[g][i, p // B]` at offset `p % B`.
     """
 
     slots: IntArray  # [R] ascending; for messages only
     token_ids: IntArray  # [T]
     query_lengths: IntArray  # [R] at least 1
     context_lengths: IntArray  # [R] tokens in the cache once this step has run
-    block_tables: NDArray[np.int32]  # [R, W]; entries past the request's blocks are 0 and never read
+    block_tables: tuple[NDArray[np.int32], ...]  # by layer group [R, W]; see `NO_BLOCK`; entries past the end are 0
     sampling: SamplingBatch
 
 
@@ -63,8 +87,8 @@ class RunnerInfo:
     end_token_ids: tuple[int, ...]
     dtype: str
     mode: str  # packed, fake
-    block_size: int  # tokens
-    block_count: int
+    layer_groups: tuple[LayerGroup, ...]
+    block_count: int  # any of them serves any group
     slot_count: int  # requests at once
     step_token_count: int  # tokens one step may compute
     cache_bytes: int
@@ -85,4 +109,8 @@ class Runner(Protocol):
 
     def check_device(self) -> None:
         """Compute something that cannot fail; raises when the device does not work any more."""
+        ...
+
+    def copy_blocks(self, sources: IntArray, destinations: IntArray) -> None:
+        """Copy whole blocks, all layers of them: every source is read before any destination is written."""
         ...

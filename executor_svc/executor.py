@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor_svc.batch import IntArray, Runner, StepOutput
-from executor_svc.slots import PlanError, Slots, read_array
+from executor_svc.slots import PlanError, Slots, read_array, read_block_ids
 from paceline.internal.v1 import executor_pb2 as pb
 
 __all__ = ["BrokenDeviceError", "Executor", "PlanError"]
@@ -57,7 +57,8 @@ class Executor:
             raise PlanError(f"plan of step {plan.step}, but step {self._step + 1} is next")
         self._take_changes(plan)
         chunk_slots = read_array(plan.chunk_slots, "<u2")
-        rows, lengths, samples = self._rows(chunk_slots, read_array(plan.chunk_token_counts, "<u4"))
+        decoding = self._decoding(plan)
+        rows, lengths, samples = self._rows(decoding, chunk_slots, read_array(plan.chunk_token_counts, "<u4"))
         if int(samples.sum()) != plan.sampling_row_count:
             raise PlanError(
                 f"step {plan.step} samples {plan.sampling_row_count} rows by the scheduler's count, "
@@ -89,19 +90,41 @@ class Executor:
         """Take in what the plan changes, in the order in which its fields take effect."""
         if plan.dropped_slots:
             self._slots.drop(read_array(plan.dropped_slots, "<u2"))
+        if plan.copies:
+            self._copy_blocks(read_array(plan.copies, "<u4"))
         for request in plan.new_requests:
             self._slots.start(request)
         if plan.appended_slots:
-            self._slots.append_blocks(
-                read_array(plan.appended_slots, "<u2"), read_array(plan.appended_block_ids, "<u4")
-            )
+            slots = read_array(plan.appended_slots, "<u2")
+            groups = read_array(plan.appended_groups, "<u1") if plan.appended_groups else np.zeros_like(slots)
+            self._slots.append_blocks(slots, read_block_ids(plan.appended_block_ids), groups)
+        if plan.adopting_slots:
+            self._slots.adopt(read_array(plan.adopting_slots, "<u2"), read_array(plan.adopted_token_counts, "<u4"))
         if plan.paused_slots:
             self._slots.pause(read_array(plan.paused_slots, "<u2"))
 
-    def _rows(self, chunk_slots: IntArray, counts: IntArray) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
+    def _copy_blocks(self, pairs: IntArray) -> None:
+        if len(pairs) % 2 or pairs.max() >= self._runner.info.block_count:
+            raise PlanError(
+                f"{len(pairs)} blocks up to {pairs.max()} are no pairs of the {self._runner.info.block_count} there are"
+            )
+        self._runner.copy_blocks(pairs[::2], pairs[1::2])
+
+    def _decoding(self, plan: pb.Plan) -> IntArray:
+        """The slots that decode in this step, ascending."""
+        if not plan.skipped_slots:
+            return np.flatnonzero(self._slots.decoding)
+        skipped = read_array(plan.skipped_slots, "<u2")
+        self._slots.require(skipped, occupied=True, act="skipped")
+        goes_on = self._slots.decoding.copy()
+        goes_on[skipped] = False
+        return np.flatnonzero(goes_on)
+
+    def _rows(
+        self, decoding: IntArray, chunk_slots: IntArray, counts: IntArray
+    ) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
         """The slots of this step in ascending order, how many tokens each computes, and whether it samples."""
         slots = self._slots
-        decoding = np.flatnonzero(slots.decoding)
         if not len(chunk_slots):
             return decoding, np.ones(len(decoding), dtype=np.int64), np.ones(len(decoding), dtype=bool)
         if len(counts) != len(chunk_slots) or counts.min() < 1:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from executor_svc.batch import IntArray, RunnerInfo, StepBatch, StepOutput
+from executor_svc.batch import IntArray, LayerGroup, RunnerInfo, StepBatch, StepOutput
 from executor_svc.config import ExecutorConfig
 
 Hashes = NDArray[np.uint64]
@@ -25,8 +25,10 @@ _FIRST_TOKEN, _TOKEN_COUNT = 32, 95  # what comes is printable ASCII
 class FakeRunner:
     """Stores tokens where a model would store their keys and values."""
 
-    def __init__(self, config: ExecutorConfig) -> None:
-        """Make an empty cache of `config.fake_block_count` blocks."""
+    def __init__(self, config: ExecutorConfig, layer_groups: Sequence[LayerGroup] = ()) -> None:
+        """Make an empty cache of `config.fake_block_count` blocks; the layers see everything unless told otherwise."""
+        groups = tuple(layer_groups) or (LayerGroup(config.block_size),)
+        tokens_per_block = max(group.block_size for group in groups)
         self._step_s = config.fake_step_us / 1e6
         self._token_s = config.fake_token_us / 1e6
         self.info = RunnerInfo(
@@ -37,13 +39,13 @@ class FakeRunner:
             end_token_ids=(END_TOKEN_ID,),
             dtype="none",
             mode="fake",
-            block_size=config.block_size,
+            layer_groups=groups,
             block_count=config.fake_block_count,
             slot_count=config.max_num_seqs,
             step_token_count=config.max_num_batched_tokens,
-            cache_bytes=8 * config.fake_block_count * config.block_size,
+            cache_bytes=8 * config.fake_block_count * tokens_per_block,
         )
-        self._cache: IntArray = np.full((config.fake_block_count, config.block_size), -1, dtype=np.int64)
+        self._cache: IntArray = np.full((config.fake_block_count, tokens_per_block), -1, dtype=np.int64)
 
     def run(self, batch: StepBatch) -> StepOutput:
         """Store the step's tokens, read every sampling row's context back and hash it."""
@@ -58,43 +60,68 @@ class FakeRunner:
     def check_device(self) -> None:
         """There is none that could fail."""
 
+    def copy_blocks(self, sources: IntArray, destinations: IntArray) -> None:
+        """Copy what blocks hold."""
+        self._cache[destinations] = self._cache[sources]
+
     def _write(self, batch: StepBatch) -> None:
         rows = np.repeat(np.arange(len(batch.slots)), batch.query_lengths)
         offsets = np.arange(len(batch.token_ids)) - np.repeat(
             np.cumsum(batch.query_lengths) - batch.query_lengths, batch.query_lengths
         )
         positions = (batch.context_lengths - batch.query_lengths)[rows] + offsets
-        block_size = self.info.block_size
-        self._cache[batch.block_tables[rows, positions // block_size], positions % block_size] = batch.token_ids
+        for number, (group, tables) in enumerate(zip(self.info.layer_groups, batch.block_tables, strict=True)):
+            blocks = tables[rows, positions // group.block_size]
+            self._cache[blocks, positions % group.block_size] = _entries(batch.token_ids, number)
 
     def _sample(self, batch: StepBatch) -> IntArray:
         sampling = batch.sampling
         if not len(sampling):
             return np.zeros(0, dtype=np.int64)
         lengths = batch.context_lengths[sampling.row_index]
-        tables = batch.block_tables[sampling.row_index, : -(-int(lengths.max()) // self.info.block_size)]
-        contexts = self._cache[tables].reshape(len(sampling), -1)
-        hashes = _hash_contexts(contexts, lengths)
-        noise = _mix(sampling.seed ^ (sampling.output_index.astype(np.uint64) << np.uint64(32)))
+        hashes: Hashes = np.zeros(len(sampling), dtype=np.uint64)
+        for group, tables in zip(self.info.layer_groups, batch.block_tables, strict=True):
+            width = -(-int(lengths.max()) // group.block_size)
+            entries = self._cache[tables[sampling.row_index, :width], : group.block_size].reshape(len(sampling), -1)
+            hashes += _hash_contexts(entries, group.first_seen(lengths - 1), lengths)
+        noise = _mix(sampling.seed ^ _noise_index(sampling.choice, sampling.output_index))
         hashes ^= np.where(sampling.temperature > 0, noise, np.uint64(0))
         return _FIRST_TOKEN + (_mix(hashes) % np.uint64(_TOKEN_COUNT)).astype(np.int64)
 
 
-def next_token(token_ids: Sequence[int], seed: int | None = None, output_index: int = 0) -> int:
+def next_token(
+    token_ids: Sequence[int],
+    seed: int | None = None,
+    output_index: int = 0,
+    choice: int = 0,
+    layer_groups: Sequence[LayerGroup] = (LayerGroup(1),),
+) -> int:
     """What the fake model says after `token_ids`; greedy without a seed. The oracle of tests."""
-    contexts = np.array([token_ids], dtype=np.int64)
-    hashes = _hash_contexts(contexts, np.array([len(token_ids)]))
+    length = np.array([len(token_ids)])
+    hashes: Hashes = np.zeros(1, dtype=np.uint64)
+    for number, group in enumerate(layer_groups):
+        entries = _entries(np.array([token_ids], dtype=np.int64), number)
+        hashes += _hash_contexts(entries, group.first_seen(length - 1), length)
     if seed is not None:
-        hashes ^= _mix(np.array([seed ^ (output_index << 32)], dtype=np.uint64))
+        hashes ^= _mix(np.uint64(seed) ^ _noise_index(np.array([choice]), np.array([output_index])))
     return _FIRST_TOKEN + int(_mix(hashes)[0] % np.uint64(_TOKEN_COUNT))
 
 
-def _hash_contexts(contexts: IntArray, lengths: IntArray) -> Hashes:
-    """Hash each row's first `lengths` tokens: a sum over positions of mixed (position, token) pairs."""
-    positions = np.arange(contexts.shape[1], dtype=np.uint64)
-    terms = _mix(contexts.astype(np.uint64) + (positions << np.uint64(20)))
-    counted: Hashes = np.where(positions < lengths[:, None].astype(np.uint64), terms, np.uint64(0))
-    return counted.sum(axis=1, dtype=np.uint64)
+def _entries(token_ids: IntArray, group: int) -> IntArray:
+    """What the cache keeps of tokens for a layer group; no other group keeps the same."""
+    return token_ids + (group << 16)
+
+
+def _noise_index(choice: IntArray, output_index: IntArray) -> Hashes:
+    return (choice.astype(np.uint64) << np.uint64(48)) + (output_index.astype(np.uint64) << np.uint64(32))
+
+
+def _hash_contexts(entries: IntArray, first: IntArray, end: IntArray) -> Hashes:
+    """Hash each row's entries [first, end): a sum over positions of mixed (position, entry) pairs."""
+    positions = np.arange(entries.shape[1])
+    terms = _mix(entries.astype(np.uint64) + (positions.astype(np.uint64) << np.uint64(20)))
+    is_seen = (positions >= first[:, None]) & (positions < end[:, None])
+    return np.where(is_seen, terms, np.uint64(0)).sum(axis=1, dtype=np.uint64)
 
 
 def _mix(values: Hashes) -> Hashes:

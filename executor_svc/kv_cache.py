@@ -1,8 +1,6 @@
-"""The paged cache: keys and values of every layer, in blocks that a block table puts in order."""
+"""The paged cache: keys and values of every layer, in blocks that block tables put in order."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,63 +8,59 @@ import torch
 from transformers.cache_utils import Cache
 
 from executor_svc.attention.layout import StepLayout
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one layer keeps of one token, as its first forward pass showed it; keys and values may differ."""
-
-    key_heads: int
-    key_dim: int
-    value_heads: int
-    value_dim: int
-
-    @property
-    def element_count(self) -> int:
-        """Numbers that one token takes in this layer."""
-        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
-
-
-def token_bytes(shapes: Mapping[int, LayerShape], dtype: torch.dtype) -> int:
-    """Bytes of cache that one token takes in all layers together."""
-    return sum(shape.element_count for shape in shapes.values()) * dtype.itemsize
+from executor_svc.batch import IntArray
+from executor_svc.pool_geometry import LayerPlace, PoolGeometry, Region
 
 
 class PagedPool:
-    """Keys and values by layer, `[blocks, block_size, heads, dim]`.
+    """Keys and values of all layers in blocks, any of which serves any layer group.
 
     One block more than `block_count` is allocated and stays zero: padding reads it, so what another request left in
     a block (a NaN, say) never meets the arithmetic of this one.
     """
 
-    def __init__(
-        self,
-        shapes: Mapping[int, LayerShape],
-        block_count: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, geometry: PoolGeometry, block_count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.geometry = geometry
         self.block_count = block_count
-        self.block_size = block_size
-        self.padding_slot = block_count * block_size
-        self.byte_count = token_bytes(shapes, dtype) * block_size * (block_count + 1)
-        blocks = (block_count + 1, block_size)
+        self.padding_block = block_count
+        self.byte_count = geometry.block_elements * dtype.itemsize * (block_count + 1)
+        key_planes = [_zeros((block_count + 1, plane.key_elements), dtype, device) for plane in geometry.planes]
+        value_planes = [_zeros((block_count + 1, plane.value_elements), dtype, device) for plane in geometry.planes]
+        self.planes = (*key_planes, *value_planes)  # all there is, each [blocks, numbers]
         self._keys = {
-            layer: _zeros((*blocks, shape.key_heads, shape.key_dim), dtype, device) for layer, shape in shapes.items()
+            layer: _slots(key_planes[place.plane], place.keys, place.shape.key_heads, place.shape.key_dim)
+            for layer, place in geometry.places.items()
         }
         self._values = {
-            layer: _zeros((*blocks, shape.value_heads, shape.value_dim), dtype, device)
-            for layer, shape in shapes.items()
+            layer: _slots(value_planes[place.plane], place.values, place.shape.value_heads, place.shape.value_dim)
+            for layer, place in geometry.places.items()
         }
 
     def keys(self, layer: int) -> torch.Tensor:
-        """The layer's keys, one row for each token slot: `[slots, heads, dim]`."""
-        return self._keys[layer].flatten(0, 1)
+        """The layer's keys, `[slots, heads, dim]`: a token's slot is its block * the region's stride + its offset."""
+        return self._keys[layer]
 
     def values(self, layer: int) -> torch.Tensor:
-        """The layer's values, one row for each token slot: `[slots, heads, dim]`."""
-        return self._values[layer].flatten(0, 1)
+        """The layer's values, `[slots, heads, dim]`, numbered as the keys are."""
+        return self._values[layer]
+
+    def place(self, layer: int) -> LayerPlace:
+        """Where the layer's keys and values are."""
+        return self.geometry.places[layer]
+
+    def copy_blocks(self, sources: IntArray, destinations: IntArray) -> None:
+        """Copy whole blocks, all layers of them: every source is read before any destination is written."""
+        if not len(sources):
+            return
+        device = self.planes[0].device
+        read, written = (torch.from_numpy(np.ascontiguousarray(ids)).to(device) for ids in (sources, destinations))
+        for plane in self.planes:
+            plane.index_copy_(0, written, plane.index_select(0, read))
+
+
+def _slots(plane: torch.Tensor, region: Region, heads: int, dim: int) -> torch.Tensor:
+    """One layer's part of a plane, `[slots, heads, dim]`, beginning with the layer's first token in block 0."""
+    return plane.view(-1, heads, dim)[region.first :]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -83,8 +77,8 @@ class PagedCache(Cache):
     """What a transformers model sees as its cache during one step: it writes into the pool.
 
     Where the model hands the attention function what `update` returned, untouched, the function reads the pool by
-    itself. Where it does not (keys expanded from a latent, layers that share keys), `layout.read_slots` is set and
-    `update` returns every key and value that the step's rows see, end to end.
+    itself. Where it does not (keys expanded from a latent), the layout is a gathered one and `update` returns every
+    key and value that the step's rows see, end to end.
     """
 
     def __init__(self, pool: PagedPool, layout: StepLayout) -> None:
@@ -96,14 +90,16 @@ class PagedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the step's new keys and values, `[1, heads, tokens, dim]`, to their slots."""
+        place, layout = self._pool.place(layer_idx), self._layout
         keys, values = self._pool.keys(layer_idx), self._pool.values(layer_idx)
-        keys.index_copy_(0, self._layout.write_slots, key_states[0].transpose(0, 1))
-        values.index_copy_(0, self._layout.write_slots, value_states[0].transpose(0, 1))
-        read_slots = self._layout.read_slots
-        if read_slots is None:
+        keys.index_copy_(0, layout.write_slots(place.group, place.keys.stride), key_states[0].transpose(0, 1))
+        values.index_copy_(0, layout.write_slots(place.group, place.values.stride), value_states[0].transpose(0, 1))
+        if not layout.gathered:
             return key_states, value_states
-        read = (tensor.index_select(0, read_slots).transpose(0, 1).unsqueeze(0) for tensor in (keys, values))
-        return next(read), next(read)
+        return (
+            keys.index_select(0, layout.read_slots(place.group, place.keys.stride)).transpose(0, 1).unsqueeze(0),
+            values.index_select(0, layout.read_slots(place.group, place.values.stride)).transpose(0, 1).unsqueeze(0),
+        )
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> int:
         """Always 0: rows have different lengths, and every model is told its positions."""

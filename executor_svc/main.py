@@ -125,7 +125,8 @@ async def _serve(config: ExecutorConfig, runner: Runner) -> int:
         address=address,
         model=info.name,
         dtype=info.dtype,
-        cache_tokens=info.block_count * info.block_size,
+        cache_blocks=info.block_count,
+        block_tokens=[group.block_size for group in info.layer_groups],
         cache_mib=info.cache_bytes // 2**20,
     )
     exit_code = 0

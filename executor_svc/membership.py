@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import grpc
 import structlog
@@ -18,6 +19,7 @@ log = structlog.get_logger()
 _FINAL = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 _RETRY_S = 0.5
 _CALL_TIMEOUT_S = 2.0
+_START_UP_S = 3.0  # a scheduler that was started together with this executor answers by then
 
 
 class RefusedError(Exception):
@@ -46,7 +48,15 @@ class Membership:
                 mode=info.mode,
             ),
             capacity=fleet_pb2.ExecutorCapacity(
-                block_size=info.block_size,
+                layer_groups=[
+                    fleet_pb2.LayerGroup(
+                        block_size=group.block_size,
+                        window=group.window,
+                        chunk=group.chunk,
+                        layer_count=group.layer_count,
+                    )
+                    for group in info.layer_groups
+                ],
                 block_count=info.block_count,
                 slot_count=info.slot_count,
                 step_token_count=info.step_token_count,
@@ -56,6 +66,7 @@ class Membership:
         self.joined = asyncio.Event()
         self._changed = asyncio.Event()
         self._refusal: str | None = None  # logged last
+        self._began_at: float | None = None  # when calls began to fail
 
     def leave(self) -> None:
         """Say with the next call, which goes out at once, that this executor takes nothing new."""
@@ -79,7 +90,9 @@ class Membership:
         except grpc.aio.AioRpcError as error:
             if error.code() in _FINAL:
                 raise RefusedError(error.details()) from error
-            if error.details() != self._refusal:
+            if self._began_at is None:
+                self._began_at = time.monotonic()
+            if error.details() != self._refusal and time.monotonic() - self._began_at > _START_UP_S:
                 self._refusal = error.details()
                 log.warning("not joined", scheduler=self._scheduler, reason=self._refusal)
             self.joined.clear()
@@ -88,4 +101,5 @@ class Membership:
             log.info("joined", scheduler=self._scheduler, lease_ms=response.lease_ms)
             self.joined.set()
             self._refusal = None
+            self._began_at = None
         return response.lease_ms / 1000 / 3

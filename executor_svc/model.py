@@ -16,7 +16,7 @@ from common.serving_folder import ServingFolder, ServingFolderError
 from executor_svc.attention.backend import AttentionBackend
 from executor_svc.attention.hook import ATTENTION_NAME
 from executor_svc.packed_model import PackedModel, UnpackableError
-from executor_svc.self_test import check_packed, plain_logits
+from executor_svc.self_test import TEST_LENGTH, check_packed, plain_logits
 
 _T = TypeVar("_T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,7 @@ def load_model(
     context_length = context_length_of(config.get_text_config(), max_model_len)
     model = _load_weights(folder.path, dtype).to(device).eval()
     return LoadedModel(
-        packed=_packed(model, dtype, backend),
+        packed=_packed(model, dtype, backend, context_length),
         model_name=folder.model_name,
         fingerprint=folder.fingerprint,
         context_length=context_length,
@@ -170,7 +170,7 @@ def _unsupported_reason(config: Any) -> str:
     return f"it has layers of type {', '.join(sorted(map(repr, types)))}" if types else ""
 
 
-def _packed(model: Any, dtype: torch.dtype, backend: AttentionBackend) -> PackedModel:
+def _packed(model: Any, dtype: torch.dtype, backend: AttentionBackend, context_length: int) -> PackedModel:
     """Switch the model to packed mode, and refuse it unless that changes nothing."""
     try:
         if getattr(model, "_is_stateful", False):
@@ -180,7 +180,8 @@ def _packed(model: Any, dtype: torch.dtype, backend: AttentionBackend) -> Packed
             model.set_attn_implementation(ATTENTION_NAME)
         if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
             raise UnpackableError("it does not use the attention interface of transformers")
-        packed = _trial(lambda: PackedModel(model, backend))
+        # A window that no request outgrows counts as none; the test's sequences must not outgrow it either.
+        packed = _trial(lambda: PackedModel(model, backend, max(context_length, TEST_LENGTH)))
         _trial(lambda: check_packed(packed, plain, dtype))
     except UnpackableError as error:
         raise ModelError(_refusal(type(model).__name__, str(error))) from error

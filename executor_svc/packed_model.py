@@ -7,20 +7,25 @@ forward pass of two tokens shows it.
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
 from executor_svc.attention.backend import AttentionBackend, ScoreRule
 from executor_svc.attention.hook import AttentionCall, attention_by
-from executor_svc.attention.layout import StepLayout, Visibility
+from executor_svc.attention.layout import KeySource, StepLayout
 from executor_svc.batch import IntArray
-from executor_svc.kv_cache import LayerShape, PagedCache, PagedPool
+from executor_svc.kv_cache import PagedCache, PagedPool
+from executor_svc.layer_groups import Visibility, group_layers, trace_keys
+from executor_svc.pool_geometry import LayerShape, PoolGeometry, plan_pool
 
 _SPARSE_SELECTION = ("indices", "block_indices")  # arguments by which a model names the keys it wants
-_GROUP_SCRATCH_BYTES = 64 << 20  # keys and values that decode rows computed together may gather
+_DECODE_SCRATCH_BYTES = 64 << 20  # keys and values that decode rows computed together may gather
 
 
 class UnpackableError(Exception):
@@ -33,38 +38,50 @@ class PackedTraits:
 
     shapes: dict[int, LayerShape]  # by layer that writes to the cache
     visibility: dict[int, Visibility]  # by layer that calls attention
+    sources: dict[int, int]  # by layer that calls attention: the layer whose keys it sees
+    groups: dict[Visibility, tuple[int, ...]]  # layers that write, by what is seen of their keys
     cache_dtype: torch.dtype
     vocabulary_size: int
     gathered: bool  # attention needs what the cache returns: it does not get the keys that the cache was given
 
     @property
-    def group_token_limit(self) -> int:
+    def decode_token_limit(self) -> int:
         """Tokens whose keys and values fit the scratch memory of decode attention."""
         itemsize = 4 + (0 if self.cache_dtype == torch.float32 else self.cache_dtype.itemsize)
         widest = max(shape.element_count for shape in self.shapes.values())
-        return _GROUP_SCRATCH_BYTES // (widest * itemsize)
+        return _DECODE_SCRATCH_BYTES // (widest * itemsize)
+
+    def geometry(self, block_size: int) -> PoolGeometry:
+        """How the model's layers share blocks; `block_size` is the smallest number of tokens that a block holds."""
+        return plan_pool(self.shapes, self.groups, block_size)
 
 
 class PackedModel:
     """Runs packed steps of one model."""
 
-    def __init__(self, model: Any, backend: AttentionBackend) -> None:
+    def __init__(self, model: Any, backend: AttentionBackend, context_length: int) -> None:
+        """Look at the model's layers. No request has more than `context_length` tokens."""
         self._model = model
         self._backend = backend
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.device: torch.device = model.device
-        self.traits = _probe(model, self._forward)
+        self.traits = _probe(model, self._forward, context_length)
 
-    def layout(self, batch_rows: tuple[IntArray, IntArray, Any], pool: PagedPool) -> StepLayout:
-        """Where query lengths, context lengths and block tables put each token of a step."""
-        query_lengths, context_lengths, block_tables = batch_rows
+    def layout(
+        self,
+        query_lengths: IntArray,
+        context_lengths: IntArray,
+        block_tables: Sequence[NDArray[np.int32]],
+        pool: PagedPool,
+    ) -> StepLayout:
+        """Where each token of a step is and what it sees; the arguments are those of a `StepBatch`."""
         return StepLayout(
             query_lengths,
             context_lengths,
             block_tables,
-            block_size=pool.block_size,
-            padding_slot=pool.padding_slot,
-            group_token_limit=self.traits.group_token_limit,
+            groups=pool.geometry.groups,
+            padding_block=pool.padding_block,
+            decode_token_limit=self.traits.decode_token_limit,
             gathered=self.traits.gathered,
             device=self.device,
         )
@@ -102,13 +119,16 @@ class _PackedStep:
     layout: StepLayout
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
+        source, visibility = self.traits.sources[call.layer], self.traits.visibility[call.layer]
+        place = self.pool.place(source)
         if self.layout.gathered:
             keys, values = (tensor[0].transpose(0, 1).contiguous() for tensor in (call.key, call.value))
+            where = KeySource(place.group, visibility, keys.shape[1])
         else:
-            keys, values = self.pool.keys(call.layer), self.pool.values(call.layer)
-        parts = self.layout.parts(self.traits.visibility[call.layer], keys.shape[1])
+            keys, values = self.pool.keys(source), self.pool.values(source)
+            where = KeySource(place.group, visibility, keys.shape[1], place.keys.stride, place.values.stride)
         rule = ScoreRule(call.scaling, call.softcap or 0.0, call.sinks)
-        return self.backend.attend(call.query[0], keys, values, parts, rule).unsqueeze(0)
+        return self.backend.attend(call.query[0], keys, values, self.layout.parts(where), rule).unsqueeze(0)
 
 
 @dataclass(slots=True)
@@ -117,6 +137,7 @@ class _Probe:
 
     config: Any
     masks_a_window: bool  # the model's code limits what is seen by a mask, which packed mode does not build
+    context_length: int
     visibility: dict[int, Visibility] = field(default_factory=dict)
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -127,7 +148,9 @@ class _Probe:
             raise UnpackableError("its attention is not causal")
         if chosen := [name for name in _SPARSE_SELECTION if call.extras.get(name) is not None]:
             raise UnpackableError(f"its attention selects keys by {chosen[0]!r}")
-        self.visibility[call.layer] = self._visibility(call)
+        visibility = self._visibility(call).within(self.context_length)
+        if self.visibility.setdefault(call.layer, visibility) != visibility:
+            raise UnpackableError(f"layer {call.layer} attends more than once and sees other positions each time")
         self.calls.append((call.layer, call.key, call.value))
         _, heads, token_count, _ = call.query.shape
         return call.value.new_zeros(1, token_count, heads, call.value.shape[-1])
@@ -160,26 +183,57 @@ class _ProbeCache(Cache):
         return 0
 
 
-def _probe(model: Any, forward: Any) -> PackedTraits:
+def _probe(model: Any, forward: Any, context_length: int) -> PackedTraits:
     """Run two tokens and see what the layers hand to the cache and to attention."""
     code = inspect.getsource(sys.modules[type(model).__module__])
-    probe = _Probe(model.config.get_text_config(), masks_a_window="create_sliding_window_causal_mask" in code)
+    masks_a_window = "create_sliding_window_causal_mask" in code
+    probe = _Probe(model.config.get_text_config(), masks_a_window, context_length)
     cache = _ProbeCache()
     tokens = torch.arange(2, device=model.device)
     with torch.inference_mode(), attention_by(probe):
         logits = forward(tokens, tokens.unsqueeze(0), cache, tokens[-1:])
     if not probe.calls:
         raise UnpackableError("it did not call the registered attention function")
-    writes = Counter(layer for layer, _, _ in cache.updates)
-    if not writes or max(writes.values()) > 1:
-        raise UnpackableError("it does not write each layer's keys and values once to the cache it is given")
+    _check_writes(cache.updates)
     shapes = {
         layer: LayerShape(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
         for layer, key, value in cache.updates
     }
-    # Reading the pool in place is right only where each layer attends once, to exactly what it wrote.
-    written = {layer: (id(key), id(value)) for layer, key, value in cache.updates}
-    in_place = len(probe.calls) == len(written) and all(
-        written.get(layer) == (id(key), id(value)) for layer, key, value in probe.calls
+    # Reading the pool in place is right only where attention gets exactly what some layer wrote.
+    traced, in_place = trace_keys(
+        {layer: (id(key), id(value)) for layer, key, value in cache.updates},
+        [(layer, (id(key), id(value))) for layer, key, value in probe.calls],
     )
-    return PackedTraits(shapes, probe.visibility, cache.updates[0][1].dtype, logits.shape[-1], gathered=not in_place)
+    calls = [(layer, source) for (layer, _, _), source in zip(probe.calls, traced, strict=True)]
+    return PackedTraits(
+        shapes=shapes,
+        visibility=probe.visibility,
+        sources=_sources(calls, unknown=min(shapes)),
+        groups=group_layers(shapes, [(source, probe.visibility[layer]) for layer, source in calls]),
+        cache_dtype=cache.updates[0][1].dtype,
+        vocabulary_size=logits.shape[-1],
+        gathered=not in_place,
+    )
+
+
+def _sources(calls: list[tuple[int, int | None]], unknown: int) -> dict[int, int]:
+    """The layer whose keys each layer sees.
+
+    Keys of nobody known are gathered, from the one layer group that there is then: any layer stands for it, `unknown`.
+    """
+    sources: dict[int, int] = {}
+    for layer, source in calls:
+        known = unknown if source is None else source
+        if sources.setdefault(layer, known) != known:
+            raise UnpackableError(f"layer {layer} attends more than once and sees other layers' keys each time")
+    return sources
+
+
+def _check_writes(updates: list[tuple[int, torch.Tensor, torch.Tensor]]) -> None:
+    writes = Counter(layer for layer, _, _ in updates)
+    if not writes or max(writes.values()) > 1:
+        raise UnpackableError("it does not write each layer's keys and values once to the cache it is given")
+    dtypes = {tensor.dtype for _, *pair in updates for tensor in pair}
+    if len(dtypes) > 1:
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UnpackableError(f"its layers write {' and '.join(names)} to the cache, and blocks hold one type")

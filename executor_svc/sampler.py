@@ -1,7 +1,7 @@
 """Choosing the next token of each row, so that nothing but the row itself decides.
 
-Tokens are drawn by exponential races: every vocabulary id gets a waiting time from (seed, output index, id), divided
-by its probability, and the shortest wins. That is an exact draw from the distribution, and no other row, slot,
+Tokens are drawn by exponential races: every vocabulary id gets a waiting time from (seed, choice, output index, id),
+divided by its probability, and the shortest wins. That is an exact draw from the distribution, and no other row, slot,
 executor or attempt takes part in it. The waiting times come from a hash, computed in 64-bit integers, which are the
 same bits on every device: the SplitMix64 generator of Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators" (OOPSLA 2014), whose n-th output is a function of its seed and n alone.
@@ -60,7 +60,7 @@ class _Draws:
 
     @classmethod
     def of(cls, sampling: SamplingBatch, row: NDArray[np.int64]) -> "_Draws":
-        key = row_keys(sampling.seed[row], sampling.output_index[row])
+        key = row_keys(sampling.seed[row], sampling.choice[row], sampling.output_index[row])
         return cls(row, sampling.temperature[row], sampling.top_k[row], sampling.top_p[row], sampling.min_p[row], key)
 
     def chunks(self, size: int) -> Iterator["_Draws"]:
@@ -76,11 +76,13 @@ class _Draws:
             )
 
 
-def row_keys(seed: NDArray[np.uint64], output_index: NDArray[np.int64]) -> NDArray[np.int64]:
+def row_keys(seed: NDArray[np.uint64], choice: NDArray[np.int64], output_index: NDArray[np.int64]) -> NDArray[np.int64]:
     """Seed of the generator whose n-th output belongs to vocabulary id n, for each row."""
+    golden = np.uint64(_GOLDEN)
     with np.errstate(over="ignore"):
-        mixed = _mix_on_host(seed + np.uint64(_GOLDEN))
-        return _mix_on_host(mixed ^ (output_index.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)).view(np.int64)
+        # A choice moves the seed as far as no other request's seed is likely to be; choice 0 leaves it.
+        mixed = _mix_on_host(seed + _mix_on_host(choice.astype(np.uint64) * golden) + golden)
+        return _mix_on_host(mixed ^ (output_index.astype(np.uint64) + np.uint64(1)) * golden).view(np.int64)
 
 
 def _mix_on_host(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:

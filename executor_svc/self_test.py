@@ -1,21 +1,26 @@
 """The test a model passes before it serves: packed and chunked it computes what its plain forward pass computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from executor_svc.batch import NO_BLOCK, IntArray, LayerGroup
 from executor_svc.kv_cache import PagedPool
 from executor_svc.packed_model import PackedModel, UnpackableError
+
+BlockTables = NDArray[np.int32]  # [rows, blocks]
 
 # Largest accepted distance from the plain logits, relative to their spread. In float32 packed mode is within 1e-5;
 # in the half types the plain forward pass itself is as far off as this allows.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 _LENGTHS = (11, 8)
+TEST_LENGTH = max(_LENGTHS)
 _BLOCK_SIZE = 4
-_TABLES = np.array([[5, 1, 3], [2, 4, 0]], dtype=np.int32)
 # Tokens of each sequence in each step: a chunk beside a prompt, a chunk beside a decode, then decodes.
 _SCHEDULE = ((5, 4), (3, 1), (1, 1), (1, 1), (1, 1))
 
@@ -44,7 +49,10 @@ def plain_logits(model: Any, vocabulary_size: int) -> PlainLogits:
 
 def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> None:
     """Raise `UnpackableError` unless packed steps give the plain logits."""
-    pool = PagedPool(model.traits.shapes, 6, _BLOCK_SIZE, model.traits.cache_dtype, model.device)
+    geometry = model.traits.geometry(_BLOCK_SIZE)
+    tables = _scattered_tables(geometry.groups)
+    block_count = sum(table.size for table in tables)
+    pool = PagedPool(geometry, block_count, model.traits.cache_dtype, model.device)
     distances: dict[bool, list[float]] = {True: [], False: []}  # of decoded tokens, of chunks' tokens
     computed = np.zeros(len(_LENGTHS), dtype=np.int64)
     for counts in _SCHEDULE:
@@ -52,7 +60,8 @@ def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> 
         spans = [slice(start, start + count) for start, count in zip(computed.tolist(), counts, strict=True)]
         token_ids = torch.cat([ids[span] for ids, span in zip(plain.token_ids, spans, strict=True)])
         with torch.inference_mode():
-            layout = model.layout((query_lengths, computed + query_lengths, _TABLES), pool)
+            seen = [_seen_entries(*pair, computed) for pair in zip(geometry.groups, tables, strict=True)]
+            layout = model.layout(query_lengths, computed + query_lengths, seen, pool)
             all_rows = torch.arange(len(token_ids), device=model.device)
             actual = model.logits(token_ids, layout, pool, all_rows).float()
         for row, span, out in zip(actual.split(counts), spans, plain.logits, strict=True):
@@ -66,6 +75,20 @@ def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> 
             f"its logits in packed mode are {worst:.2g} away from those of its plain forward pass "
             f"(accepted in {str(dtype).removeprefix('torch.')}: {_TOLERANCE[dtype]:g})"
         )
+
+
+def _scattered_tables(groups: Sequence[LayerGroup]) -> list[BlockTables]:
+    """Block tables for the test sequences by layer group: every block once, none beside its neighbour."""
+    widths = [-(-TEST_LENGTH // group.block_size) for group in groups]
+    count = len(_LENGTHS) * sum(widths)
+    ids = iter([*range(count - 1, -1, -2), *range(count - 2, -1, -2)])
+    return [np.fromiter(ids, np.int32, len(_LENGTHS) * width).reshape(len(_LENGTHS), width) for width in widths]
+
+
+def _seen_entries(group: LayerGroup, table: BlockTables, computed: IntArray) -> BlockTables:
+    """The table as a scheduler has it, which has given back the blocks behind what is seen from now on."""
+    first = group.first_seen(computed) // group.block_size
+    return np.where(np.arange(table.shape[1]) < first[:, None], np.int32(NO_BLOCK), table)
 
 
 def _distances(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from executor_svc.batch import IntArray, RunnerInfo, SamplingBatch, StepBatch
+from executor_svc.batch import NO_BLOCK, IntArray, RunnerInfo, SamplingBatch, StepBatch
 from paceline.internal.v1 import executor_pb2 as pb
 
 
@@ -19,6 +19,11 @@ def read_array(data: bytes, dtype: str) -> IntArray:
     return np.frombuffer(data, dtype=dtype).astype(np.int64)
 
 
+def read_block_ids(data: bytes) -> IntArray:
+    """The block ids of a packed field, `NO_BLOCK` where there is none."""
+    return read_array(data, "<u4").astype(np.uint32).astype(np.int32).astype(np.int64)
+
+
 class Slots:
     """The state of every slot, kept as arrays so that a step of hundreds of decoding requests is a few operations.
 
@@ -29,8 +34,8 @@ class Slots:
     def __init__(self, info: RunnerInfo) -> None:
         """Start with all slots empty."""
         count = info.slot_count
-        width = -(-info.context_length // info.block_size)
         self._info = info
+        self._groups = info.layer_groups
         self.occupied: NDArray[np.bool_] = np.zeros(count, dtype=bool)
         self.decoding: NDArray[np.bool_] = np.zeros(count, dtype=bool)
         self.halted: NDArray[np.bool_] = np.zeros(count, dtype=bool)
@@ -38,13 +43,19 @@ class Slots:
         self.last_token: IntArray = np.zeros(count, dtype=np.int64)  # sampled last; decoding slots only
         self.output_count: IntArray = np.zeros(count, dtype=np.int64)  # tokens generated, earlier placements included
         self.max_output_count: IntArray = np.zeros(count, dtype=np.int64)
-        self.block_tables: NDArray[np.int32] = np.zeros((count, width), dtype=np.int32)
-        self.block_counts: IntArray = np.zeros(count, dtype=np.int64)
+        self.block_tables = [
+            np.zeros((count, -(-info.context_length // group.block_size)), dtype=np.int32) for group in self._groups
+        ]  # by layer group
+        self.entry_counts: IntArray = np.zeros((len(self._groups), count), dtype=np.int64)  # in those tables
+        self.first_blocks: IntArray = np.zeros(
+            (len(self._groups), count), dtype=np.int64
+        )  # entries before are no block
         self.temperature = np.zeros(count, dtype=np.float32)
         self.top_k: IntArray = np.zeros(count, dtype=np.int64)
         self.top_p = np.ones(count, dtype=np.float32)
         self.min_p = np.zeros(count, dtype=np.float32)
         self.seed: NDArray[np.uint64] = np.zeros(count, dtype=np.uint64)
+        self.choice: IntArray = np.zeros(count, dtype=np.int64)
         self.known: list[IntArray] = [np.zeros(0, dtype=np.int64)] * count  # tokens that the scheduler sent
         self.stop_token_ids: list[frozenset[int]] = [frozenset()] * count
         self.request_ids: list[str] = [""] * count
@@ -64,8 +75,11 @@ class Slots:
         slot = request.slot
         self.require(np.array([slot]), occupied=False, act="started")
         known = read_array(request.token_ids, "<u4")
-        if len(request.block_tables) != 1:
-            raise PlanError(f"slot {slot} starts with {len(request.block_tables)} block tables; there is 1 layer group")
+        if len(request.block_tables) != len(self._groups):
+            raise PlanError(
+                f"slot {slot} starts with {len(request.block_tables)} block tables; the model has "
+                f"{len(self._groups)} layer groups"
+            )
         if not len(known) or known.max() >= self._info.vocabulary_size or request.computed_count >= len(known):
             raise PlanError(
                 f"slot {slot} starts with {len(known)} tokens up to {known.max(initial=0)}, "
@@ -83,23 +97,55 @@ class Slots:
         sampling = request.sampling
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
         self.top_p[slot], self.min_p[slot], self.seed[slot] = sampling.top_p, sampling.min_p, sampling.seed
-        self.block_counts[slot] = 0
-        blocks = read_array(request.block_tables[0], "<u4")
-        self.append_blocks(np.full(len(blocks), slot), blocks)
+        self.choice[slot] = request.choice
+        self.entry_counts[:, slot] = self.first_blocks[:, slot] = 0
+        for group, table in enumerate(request.block_tables):
+            self._extend_table(group, slot, read_block_ids(table))
+        self._check_computed(slot, request.computed_count)
 
-    def append_blocks(self, slots: IntArray, block_ids: IntArray) -> None:
-        """Append each block to the table of the slot beside it."""
+    def append_blocks(self, slots: IntArray, block_ids: IntArray, groups: IntArray) -> None:
+        """Append each block to the table that the slot beside it has for that layer group."""
         self.require(slots, occupied=True, act="given a block")
-        if len(slots) != len(block_ids):
-            raise PlanError(f"{len(block_ids)} blocks are given to {len(slots)} slots; each needs one")
-        if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < self._info.block_count:
-            raise PlanError(f"block {block_ids.max()} is given away, but there are {self._info.block_count}")
-        for slot, block in zip(slots.tolist(), block_ids.tolist(), strict=True):
-            position = self.block_counts[slot]
-            if position == self.block_tables.shape[1]:
-                raise PlanError(f"slot {slot} is given more than the {position} blocks of the longest context")
-            self.block_tables[slot, position] = block
-            self.block_counts[slot] = position + 1
+        if not len(slots) == len(block_ids) == len(groups):
+            raise PlanError(f"{len(block_ids)} blocks are given to {len(slots)} slots in {len(groups)} layer groups")
+        if len(groups) and groups.max() >= len(self._groups):
+            raise PlanError(f"a block is given to layer group {groups.max()}, but there are {len(self._groups)}")
+        for group, slot, block in zip(groups.tolist(), slots.tolist(), block_ids, strict=True):
+            self._extend_table(group, slot, block[None])
+
+    def _extend_table(self, group: int, slot: int, block_ids: IntArray) -> None:
+        if len(block_ids) and not NO_BLOCK <= block_ids.min() <= block_ids.max() < self._info.block_count:
+            raise PlanError(f"blocks {block_ids} are given away, but there are {self._info.block_count}")
+        start = self.entry_counts[group, slot]
+        end = start + len(block_ids)
+        table = self.block_tables[group][slot]
+        if end > len(table):
+            raise PlanError(f"slot {slot} is given more than the {len(table)} blocks of the longest context")
+        table[start:end] = block_ids
+        self.entry_counts[group, slot] = end
+        absent = np.flatnonzero(block_ids == NO_BLOCK)
+        if len(absent):
+            self.first_blocks[group, slot] = start + absent[-1] + 1
+
+    def adopt(self, slots: IntArray, token_counts: IntArray) -> None:
+        """Take the next known tokens of slots that are catching up as computed: their blocks hold them already."""
+        self.require(slots, occupied=True, act="spared tokens")
+        if len(slots) != len(token_counts) or token_counts.min() < 1:
+            raise PlanError(f"{len(slots)} slots adopt the token counts {token_counts.tolist()}")
+        for slot, count in zip(slots.tolist(), token_counts.tolist(), strict=True):
+            end = self.computed[slot] + count
+            if self.decoding[slot] or end >= len(self.known[slot]):
+                raise PlanError(
+                    f"slot {slot} adopts up to token {end} of {len(self.known[slot])} known; it needs one to compute"
+                )
+            self._check_computed(slot, end)
+            self.computed[slot] = end
+
+    def _check_computed(self, slot: int, count: int) -> None:
+        """Refuse tokens that are said to be in the cache where the slot has no block for them."""
+        for group, entry_count in zip(self._groups, self.entry_counts[:, slot], strict=True):
+            if count > entry_count * group.block_size:
+                raise PlanError(f"slot {slot} has {count} computed tokens but {entry_count} blocks in a layer group")
 
     def batch(self, rows: IntArray, lengths: IntArray, samples: NDArray[np.bool_]) -> StepBatch:
         """Lay the next `lengths` tokens of the slots `rows` end to end; `samples` says which of them sample."""
@@ -112,15 +158,14 @@ class Slots:
             known = self.known[rows[row]][starts[row] : starts[row] + lengths[row]]
             token_ids[offsets[row] : offsets[row] + lengths[row]] = known
         context_lengths = starts + lengths
-        width = -(-int(context_lengths.max()) // self._info.block_size)
         sampling = rows[samples]
         return StepBatch(
             slots=rows,
             token_ids=token_ids,
             query_lengths=lengths,
             context_lengths=context_lengths,
-            block_tables=np.where(
-                np.arange(width) < self.block_counts[rows, None], self.block_tables[rows, :width], np.int32(0)
+            block_tables=tuple(
+                self._tables_of(group, rows, int(context_lengths.max())) for group in range(len(self._groups))
             ),
             sampling=SamplingBatch(
                 row_index=np.flatnonzero(samples),
@@ -129,9 +174,15 @@ class Slots:
                 top_p=self.top_p[sampling],
                 min_p=self.min_p[sampling],
                 seed=self.seed[sampling],
+                choice=self.choice[sampling],
                 output_index=self.output_count[sampling],
             ),
         )
+
+    def _tables_of(self, group: int, rows: IntArray, token_count: int) -> NDArray[np.int32]:
+        width = -(-token_count // self._groups[group].block_size)
+        is_entry = np.arange(width) < self.entry_counts[group, rows, None]
+        return np.where(is_entry, self.block_tables[group][rows, :width], np.int32(0))
 
     def record(self, sampled: IntArray, token_ids: IntArray) -> None:
         """Take in the tokens that slots have sampled; halt those which are through."""
@@ -145,11 +196,17 @@ class Slots:
 
     def check_fits(self, rows: IntArray, lengths: IntArray) -> None:
         """Refuse a step that computes tokens which are not known, or have no block."""
-        ends = self.computed[rows] + lengths
-        short = np.flatnonzero(ends > self.block_counts[rows] * self._info.block_size)
-        if len(short):
-            slot, end = rows[short[0]], ends[short[0]]
-            raise PlanError(f"slot {slot} computes up to token {end} but has {self.block_counts[slot]} blocks")
+        starts = self.computed[rows]
+        ends = starts + lengths
+        for group, entry_counts, first_blocks in zip(self._groups, self.entry_counts, self.first_blocks, strict=True):
+            short = np.flatnonzero(ends > entry_counts[rows] * group.block_size)
+            if len(short):
+                slot, end = rows[short[0]], ends[short[0]]
+                raise PlanError(f"slot {slot} computes up to token {end} but has {entry_counts[slot]} blocks")
+            blind = np.flatnonzero(group.first_seen(starts) // group.block_size < first_blocks[rows])
+            if len(blind):
+                slot, start = rows[blind[0]], starts[blind[0]]
+                raise PlanError(f"slot {slot} computes token {start}, which sees tokens that have no block")
 
     def require(self, slots: IntArray, *, occupied: bool, act: str) -> None:
         if len(slots) and not 0 <= slots.min() <= slots.max() < self._info.slot_count:

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from executor_svc.attention.torch_backend import TorchAttention
-from executor_svc.batch import IntArray, RunnerInfo, StepBatch, StepOutput
+from executor_svc.batch import IntArray, LayerGroup, RunnerInfo, StepBatch, StepOutput
 from executor_svc.config import ExecutorConfig
-from executor_svc.kv_cache import PagedPool, token_bytes
+from executor_svc.kv_cache import PagedPool
 from executor_svc.machine import available_memory_bytes, usable_core_count
 from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model
 from executor_svc.packed_model import PackedModel
+from executor_svc.pool_geometry import PoolGeometry
 from executor_svc.sampler import NonFiniteLogitsError, sample
 
 _CPU_CACHE_LIMIT = 4 << 30
@@ -37,7 +38,7 @@ class TorchRunner:
             end_token_ids=loaded.end_token_ids,
             dtype=str(loaded.dtype).removeprefix("torch."),
             mode="packed",
-            block_size=pool.block_size,
+            layer_groups=pool.geometry.groups,
             block_count=pool.block_count,
             slot_count=config.max_num_seqs,
             step_token_count=config.max_num_batched_tokens,
@@ -61,13 +62,9 @@ class TorchRunner:
         progress("measuring memory", 0.7)
         _run_largest_step(loaded, config)
         progress("making the cache", 0.9)
-        pool = PagedPool(
-            loaded.packed.traits.shapes,
-            _block_count(loaded, config),
-            config.block_size,
-            loaded.packed.traits.cache_dtype,
-            device,
-        )
+        traits = loaded.packed.traits
+        geometry = traits.geometry(config.block_size)
+        pool = PagedPool(geometry, _block_count(loaded, geometry, config), traits.cache_dtype, device)
         progress("ready", 1.0)
         return cls(loaded, pool, config)
 
@@ -91,6 +88,11 @@ class TorchRunner:
         ones = torch.ones(16, 16, device=self._model.device)
         if not bool((ones @ ones == 16).all()):
             raise StepError(f"device '{self._model.device}' multiplies ones to something else; replace this executor")
+
+    def copy_blocks(self, sources: IntArray, destinations: IntArray) -> None:
+        """Copy whole blocks, all layers of them: every source is read before any destination is written."""
+        with torch.inference_mode():
+            self._pool.copy_blocks(sources, destinations)
 
     def _sample(self, logits: torch.Tensor, batch: StepBatch) -> IntArray:
         if not len(batch.sampling):
@@ -118,7 +120,7 @@ def thread_count(wanted: int, device: torch.device) -> int:
 
 def _forward(model: PackedModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
     """Compute the step and return the logits of its sampling rows, `[S, vocabulary]`."""
-    layout = model.layout((batch.query_lengths, batch.context_lengths, batch.block_tables), pool)
+    layout = model.layout(batch.query_lengths, batch.context_lengths, batch.block_tables, pool)
     last_token = np.cumsum(batch.query_lengths) - 1
     token_ids = torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(model.device)
     row_index = torch.from_numpy(last_token[batch.sampling.row_index]).to(model.device)
@@ -133,19 +135,22 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
     model = loaded.packed
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    pool = PagedPool(model.traits.shapes, 1, config.block_size, model.traits.cache_dtype, model.device)
+    pool = PagedPool(model.traits.geometry(config.block_size), 1, model.traits.cache_dtype, model.device)
     prompt_lengths = _split(config.max_num_batched_tokens, loaded.context_length)
     slot_count = config.max_num_seqs
     decode_length = max(
-        1, min(loaded.context_length, model.traits.group_token_limit // slot_count, _TRIAL_DECODE_LENGTH)
+        1, min(loaded.context_length, model.traits.decode_token_limit // slot_count, _TRIAL_DECODE_LENGTH)
     )
     for query_lengths, context_lengths in (
         (prompt_lengths, prompt_lengths),
         (np.ones(slot_count, dtype=np.int64), np.full(slot_count, decode_length)),
     ):
         with torch.inference_mode():
-            tables = np.zeros((len(query_lengths), -(-loaded.context_length // config.block_size)), dtype=np.int32)
-            layout = model.layout((query_lengths, context_lengths, tables), pool)
+            tables = [
+                np.zeros((len(query_lengths), -(-loaded.context_length // group.block_size)), dtype=np.int32)
+                for group in pool.geometry.groups
+            ]
+            layout = model.layout(query_lengths, context_lengths, tables, pool)
             token_ids = torch.zeros(int(query_lengths.sum()), dtype=torch.int64, device=model.device)
             rows = torch.arange(min(slot_count, len(token_ids)), device=model.device)
             model.logits(token_ids, layout, pool, rows).float().argmax(-1).cpu()
@@ -157,17 +162,22 @@ def _split(total: int, limit: int) -> IntArray:
     return np.array([limit] * whole + [rest] * (rest > 0), dtype=np.int64)
 
 
-def _block_count(loaded: LoadedModel, config: ExecutorConfig) -> int:
+def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig) -> int:
     """Blocks that fit, at most as many as all slots with full contexts could use."""
-    traits, device = loaded.packed.traits, loaded.packed.device
-    block_bytes = token_bytes(traits.shapes, traits.cache_dtype) * config.block_size
+    device = loaded.packed.device
+    block_bytes = geometry.block_elements * loaded.packed.traits.cache_dtype.itemsize
     budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization)
-    usable = config.max_num_seqs * -(-loaded.context_length // config.block_size)
+    usable = config.max_num_seqs * sum(
+        _most_blocks(group, loaded.context_length, config.max_num_batched_tokens) for group in geometry.groups
+    )
     count = min(budget // block_bytes - 1, usable)  # one more is the block of zeros
-    if count < 1:
+    group_count = len(geometry.groups)
+    if count < group_count:
+        sizes = " or ".join(str(size) for size in sorted({group.block_size for group in geometry.groups}))
+        shares = f", each of the {group_count} layer groups needs one" if group_count > 1 else ""
         raise ModelError(
-            f"the cache may use {budget} bytes but needs {2 * block_bytes}: a block of {config.block_size} tokens "
-            f"takes {block_bytes} bytes and one block is kept for padding; "
+            f"the cache may use {budget} bytes but needs {(group_count + 1) * block_bytes}: a block of {sizes} tokens "
+            f"takes {block_bytes} bytes{shares} and one block is kept for padding; "
             + (
                 "raise cache_memory_bytes or lower block_size"
                 if config.cache_memory_bytes
@@ -175,6 +185,17 @@ def _block_count(loaded: LoadedModel, config: ExecutorConfig) -> int:
             )
         )
     return count
+
+
+def _most_blocks(group: LayerGroup, context_length: int, step_token_count: int) -> int:
+    """Blocks of a group that one request can use.
+
+    Under a window that is what it sees and the tokens of two plans, for so many are on their way at once; one more
+    because blocks begin anywhere, and one that is given back late.
+    """
+    limits = [limit for limit in (group.window, group.chunk) if limit]
+    span = min(limits, default=context_length) + 2 * step_token_count
+    return min(-(-context_length // group.block_size), -(-span // group.block_size) + 2)
 
 
 def _measured_budget(device: torch.device, memory_utilization: float) -> int:

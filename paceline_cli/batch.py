@@ -6,37 +6,30 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from paceline_cli import terminal
 from paceline_cli.errors import CommandError, ExitCode, command_error
+from paceline_cli.terminal import token_count
 
 
 def run_batch(client: Any, input_file: Path, output_file: Path | None, settings: dict[str, Any]) -> None:
     """Generate for every prompt of `input_file`, write the answers in the same order, say how fast it went."""
     prompts = read_prompts(input_file)
     console = terminal.stderr()
-    columns = (TextColumn("Generating"), BarColumn(bar_width=40), MofNCompleteColumn(), TimeRemainingColumn())
-    begun = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(prompts))
-        outcomes = client.generate_batch(
-            [_without_id(prompt) for prompt in prompts],
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
-            on_error="return",
-            **settings,
-        )
-    elapsed = time.perf_counter() - begun
-
-    lines = [answer_line(*answer) for answer in zip(prompts, outcomes, strict=True)]
-    if output_file is None:
-        sys.stdout.writelines(lines)
-    else:
-        output_file.write_text("".join(lines), encoding="utf-8")
+    with _opened(output_file) as answers:  # first: a file that cannot be written must not cost the answers
+        begun = time.perf_counter()
+        outcomes = _generate(client, [_without_id(prompt) for prompt in prompts], settings, console)
+        elapsed = time.perf_counter() - begun
+        if output_file is not None and output_file.is_file():
+            answers.truncate(0)
+        answers.writelines(answer_line(*answer) for answer in zip(prompts, outcomes, strict=True))
     errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     console.print(throughput_line([outcome for outcome in outcomes if not isinstance(outcome, Exception)], elapsed))
     if errors:
@@ -47,11 +40,37 @@ def run_batch(client: Any, input_file: Path, output_file: Path | None, settings:
         raise CommandError(message, first.what_to_do, exit_code=first.exit_code)
 
 
+def _opened(file: Path | None) -> AbstractContextManager[TextIO]:
+    """Where the answers go, standard output if None; what a file has already stays until it is truncated."""
+    if file is None:
+        return nullcontext(sys.stdout)
+    try:
+        return file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(
+            f"cannot write {file}: {error.strerror}", "name another file with --output", exit_code=ExitCode.USAGE
+        ) from None
+
+
+def _generate(client: Any, prompts: Sequence[Any], settings: dict[str, Any], console: Console) -> list[Any]:
+    """An output or an error for each of `prompts`; shows on `console` how far it is."""
+    columns = (TextColumn("Generating"), BarColumn(bar_width=40), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(prompts))
+        outcomes: list[Any] = client.generate_batch(
+            prompts,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_error="return",
+            **settings,
+        )
+    return outcomes
+
+
 def read_prompts(file: Path) -> list[Any]:
     """The prompts of a file: of a `.jsonl` one on each line, of other files each line as it is.
 
     A line of JSON is a string, or an object with a `prompt` (text or token ids) or `messages`, and whatever else
-    `Client.generate` takes: `{"prompt": "Once", "max_output_tokens": 8}`. An `id` comes back with the answer.
+    `Client.generate` takes: `{"prompt": "Once", "max_output_tokens": 8, "n": 2}`. An `id` comes back with the answer.
     """
     lines = [(number, line) for number, line in enumerate(_lines_of(file), start=1) if line.strip()]
     if not lines:
@@ -109,13 +128,17 @@ def answer_line(prompt: Any, outcome: Any) -> str:
             "request_id": outcome.request_id,
             "usage": asdict(outcome.usage),
         }
+        if len(outcome.choices) > 1:
+            answer["choices"] = [
+                {"text": choice.text, "finish_reason": choice.finish_reason} for choice in outcome.choices
+            ]
     return json.dumps({**asked, **answer}, ensure_ascii=False) + "\n"
 
 
 def throughput_line(outputs: Sequence[Any], elapsed_s: float) -> str:
     """What a batch did, for people."""
-    token_count = sum(len(output.token_ids) for output in outputs)
+    count = sum(map(token_count, outputs))
     return (
-        f"[bold]{len(outputs):,}[/] answers, {token_count:,} tokens in {elapsed_s:.2f} s: "
-        f"[bold]{token_count / elapsed_s:,.0f} tokens/s[/], {len(outputs) / elapsed_s:,.1f} answers/s"
+        f"[bold]{len(outputs):,}[/] answers, {count:,} tokens in {elapsed_s:.2f} s: "
+        f"[bold]{count / elapsed_s:,.0f} tokens/s[/], {len(outputs) / elapsed_s:,.1f} answers/s"
     )

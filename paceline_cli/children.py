@@ -9,9 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from executor_svc import config as executor_config
 from executor_svc.config import ExecutorConfig
 from paceline_cli.config_flags import Settings, flags_for
 from paceline_cli.supervisor import ChildCommand
+from scheduler_svc import config as scheduler_config
 from scheduler_svc.config import SchedulerConfig
 
 _CPU_CACHE_LIMIT = 4 << 30  # as of one executor alone: what all of them together take by default
@@ -71,6 +73,12 @@ def executor_children(
         )
         children.append(ChildCommand(name, paceline_command("executor", folder, *flags_for(config), *more_words)))
     return children
+
+
+def check_settings(model: str, settings: Settings) -> None:
+    """Refuse settings that a child would refuse, before anything is prepared or started. Raises `ValueError`."""
+    scheduler_config.check_settings(SchedulerConfig(model=model, **_part(SchedulerConfig, settings)))
+    executor_config.check_settings(ExecutorConfig(model=model, **_part(ExecutorConfig, settings)))
 
 
 def scheduler_socket(sockets: Path) -> str:

@@ -17,6 +17,7 @@ from paceline_cli.sizes import parse_size
 Settings = dict[str, Any]  # field name of a configuration -> value
 
 _MODEL = "Model and memory"
+_ORDER = "Order"
 _LIMITS = "Limits"
 _NETWORK = "Network"
 _TIMES = "Time-outs"
@@ -64,6 +65,18 @@ _FLAGS = {
     "cache_memory_bytes": _size("--cache-memory", _MODEL, "Memory for keys and values, as 2GiB; 0: measured."),
     "memory_utilization": _flag(
         "--gpu-memory-utilization", _MODEL, "Share of a GPU's memory to use in all.", metavar="SHARE", min=0.05, max=1
+    ),
+    "prefix_reuse": _flag(
+        "--prefix-reuse/--no-prefix-reuse", _MODEL, "Keep what was computed for requests that begin alike."
+    ),
+    "policy": _flag(
+        "--policy", _ORDER, "Whose turn it is: fifo, prefill_first, priority, deadline or fair.", metavar="POLICY"
+    ),
+    "fair_input_weight": _flag(
+        "--fair-input-weight", _ORDER, "Policy fair: service that a prompt token counts as.", metavar="WEIGHT"
+    ),
+    "fair_output_weight": _flag(
+        "--fair-output-weight", _ORDER, "Policy fair: service that a generated token counts as.", metavar="WEIGHT"
     ),
     "max_num_seqs": _count("--max-num-seqs", _LIMITS, "Requests that run at once on one executor."),
     "max_num_batched_tokens": _count(
@@ -117,8 +130,11 @@ def flags_for(config: Any) -> list[str]:
         if setting.name == "model":
             continue
         value = getattr(config, setting.name)
-        for one in value if isinstance(value, tuple) else (value,):
-            words += [_FLAGS[setting.name].name, str(one)]
+        name = _FLAGS[setting.name].name
+        if isinstance(value, bool):
+            words.append(name.split("/")[not value])
+        else:
+            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (name, str(one))]
     return words
 
 

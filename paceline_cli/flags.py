@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 def flag(name: str, text: str, *more_names: str, **options: Any) -> Any:
     """A flag of a command; `--max-num-seqs` is also read from `PACELINE_MAX_NUM_SEQS`."""
@@ -23,9 +25,16 @@ def model_argument(text: str, **options: Any) -> Any:
     return typer.Argument(help=text, envvar="PACELINE_MODEL", show_envvar=False, **options)
 
 
+def _log_level(value: str) -> str:
+    """Refuse a level that is none before anything is started with it."""
+    if value.lower() not in _LOG_LEVELS:
+        raise typer.BadParameter(f"must be debug, info, warning or error, got {value!r}")
+    return value.lower()
+
+
 DEFAULT_SERVER = "localhost:50051"
 Server = Annotated[str, flag("--server", "Address of the server.", "-s", metavar="ADDRESS")]
-LogLevel = Annotated[str, flag("--log-level", "debug, info, warning or error.", metavar="LEVEL")]
+LogLevel = Annotated[str, flag("--log-level", "debug, info, warning or error.", metavar="LEVEL", callback=_log_level)]
 ExitWithParent = Annotated[
     bool, flag("--exit-with-parent", "Drain when standard input ends, and report progress on standard output.")
 ]

@@ -16,6 +16,20 @@ from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.flags import DEFAULT_SERVER, Server, flag
 from paceline_cli.terminal import usage_line
 
+_WHO = {"rich_help_panel": "For whom, on a server that several share"}
+
+Choices = Annotated[int | None, flag("--n", "Continuations of the prompt.", metavar="N", min=1, max=64)]
+Priority = Annotated[
+    int | None,
+    flag("--priority", "The larger goes first, with the policy `priority`.", metavar="N", min=-1000, max=1000, **_WHO),
+]
+Tenant = Annotated[
+    str | None, flag("--tenant", "Tenants are served equally, with the policy `fair`.", metavar="NAME", **_WHO)
+]
+CacheSalt = Annotated[
+    str | None, flag("--cache-salt", "Reuse only what was computed with the same salt.", metavar="TEXT", **_WHO)
+]
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; '-' reads it from standard input.")] = None,
@@ -28,6 +42,7 @@ def generate(
     output_file: Annotated[
         Path | None, flag("--output", "Answers as .jsonl.", "-o", metavar="FILE", dir_okay=False)
     ] = None,
+    n: Choices = None,
     max_tokens: flags.MaxTokens = None,
     stop: flags.Stop = None,
     stop_token_ids: flags.StopTokenIds = None,
@@ -38,21 +53,26 @@ def generate(
     top_p: flags.TopP = None,
     min_p: flags.MinP = None,
     seed: flags.Seed = None,
+    priority: Priority = None,
+    tenant: Tenant = None,
+    cache_salt: CacheSalt = None,
 ) -> None:
     """Continue a text, or run a file of prompts as one batch.
 
-    [dim]$[/] paceline generate "The capital of France is" -n 16
+    [dim]$[/] paceline generate "The capital of France is" --max-tokens 16
+    [dim]$[/] paceline generate "Once upon a time" --n 4 --temperature 1
     [dim]$[/] cat story.txt | paceline generate - --temperature 0.8 --seed 7
     [dim]$[/] paceline generate --input prompts.jsonl --output answers.jsonl
     """
     settings = flags.given(
         max_output_tokens=max_tokens, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos,
         timeout_s=timeout, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+        n=n, priority=priority, tenant=tenant, cache_salt=cache_salt,
     )  # fmt: skip
     if (prompt is None) == (input_file is None):
-        raise CommandError("give one prompt or --input FILE", "paceline generate --help", exit_code=ExitCode.USAGE)
+        raise _wrong_usage("give one prompt or --input FILE")
     if output_file is not None and input_file is None:
-        raise CommandError("--output goes with --input", "paceline generate --help", exit_code=ExitCode.USAGE)
+        raise _wrong_usage("--output goes with --input")
     from paceline import Client
 
     with Client(server) as client:
@@ -62,16 +82,39 @@ def generate(
             _run_one(client, sys.stdin.read() if prompt == "-" else str(prompt), stream, settings)
 
 
+def _wrong_usage(message: str) -> CommandError:
+    return CommandError(message, "paceline generate --help", exit_code=ExitCode.USAGE)
+
+
 def _run_one(client: Any, prompt: str, stream: bool, settings: dict[str, Any]) -> None:
     """Print the continuation of `prompt`, as it comes if `stream`."""
     begun = time.perf_counter()
     with client.generate(prompt, **settings) as answer:
-        for chunk in answer:
-            if stream:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-    sys.stdout.write("\n" if stream else answer.output.text + "\n")
-    sys.stdout.flush()
+        if settings.get("n", 1) > 1:
+            _print_choices(answer, settings["n"], stream)
+        else:
+            _print_text(answer, stream)
     console = terminal.stderr()
     if console.is_terminal:
         console.print(usage_line(answer.output, time.perf_counter() - begun))
+
+
+def _print_text(answer: Any, stream: bool) -> None:
+    """Print an answer and nothing else: it may be another program's input."""
+    for chunk in answer:
+        if stream:
+            _write(chunk.text)
+    _write("\n" if stream else answer.output.text + "\n")
+
+
+def _print_choices(answer: Any, count: int, stream: bool) -> None:
+    """Print each of several continuations whole under a heading: as soon as it has ended if `stream`, else in order."""
+    ended = (chunk.choice for chunk in answer if chunk.finish_reason)
+    for index in ended if stream else sorted(ended):
+        terminal.stdout().print(f"[dim]── {index + 1} of {count} ──[/]")
+        _write(answer.texts[index] + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

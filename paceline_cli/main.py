@@ -55,19 +55,25 @@ app = typer.Typer(
 )
 
 
+def _show_release(wanted: bool) -> None:
+    """Answer `--version` while the command line is read: it needs no verb."""
+    if wanted:
+        typer.echo(f"paceline {_release()}")
+        raise typer.Exit()
+
+
 @app.callback()
 def paceline(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar=_DEBUG)] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the release and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the release and leave.", is_eager=True, callback=_show_release)
+    ] = False,
 ) -> None:
     """Serve large language models and talk to them.
 
     [dim]$[/] paceline serve          [dim]# scheduler and executor on this machine[/]
     [dim]$[/] paceline chat           [dim]# in another terminal[/]
     """
-    if version:
-        typer.echo(f"paceline {_release()}")
-        raise typer.Exit()
     if debug:
         os.environ[_DEBUG] = "1"  # children inherit it
 

@@ -9,7 +9,7 @@ from paceline_cli.flags import flag
 _WHEN = {"rich_help_panel": "When to stop"}
 _HOW = {"rich_help_panel": "How tokens are chosen (unset: as the model's authors recommend)"}
 
-MaxTokens = Annotated[int | None, flag("--max-tokens", "Tokens at most.", "-n", metavar="N", min=1, **_WHEN)]
+MaxTokens = Annotated[int | None, flag("--max-tokens", "Tokens at most.", metavar="N", min=1, **_WHEN)]
 Stop = Annotated[list[str] | None, flag("--stop", "Text that ends it; may be repeated.", metavar="TEXT", **_WHEN)]
 StopTokenIds = Annotated[
     list[int] | None, flag("--stop-token-id", "Token id that ends it; may be repeated.", metavar="ID", **_WHEN)

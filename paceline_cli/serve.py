@@ -15,7 +15,14 @@ from rich.markup import escape
 from executor_svc.config import ExecutorConfig
 from paceline_cli import terminal
 from paceline_cli.addresses import dial_address, listen_address, reserve_port, socket_folder
-from paceline_cli.children import Machine, executor_children, paceline_command, scheduler_child, scheduler_socket
+from paceline_cli.children import (
+    Machine,
+    check_settings,
+    executor_children,
+    paceline_command,
+    scheduler_child,
+    scheduler_socket,
+)
 from paceline_cli.config_flags import Settings, takes_settings
 from paceline_cli.demo import run_demo
 from paceline_cli.errors import CommandError, ExitCode
@@ -59,6 +66,10 @@ def serve(
     [dim]$[/] paceline serve ./my-model --executors 2 --port 8001
     [dim]$[/] paceline serve fake --fake-step-us 5000     [dim]# all but the model[/]
     """
+    try:
+        check_settings(model, settings)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=ExitCode.USAGE) from error
     port = reserve_port(host, port)
     with StopSignals() as signals, socket_folder() as sockets:
         screen = ServeScreen(terminal.stderr(), executors)

@@ -17,12 +17,12 @@ ACCENT = "cyan"
 
 def stdout() -> Console:
     """The console for what was asked for. Made anew each time, so that a replaced `sys.stdout` is respected."""
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, emoji=False, soft_wrap=True)
 
 
 def stderr() -> Console:
     """The console for what is said about it."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def print_error(error: CommandError) -> None:
@@ -47,16 +47,16 @@ def activity(console: Console, phase: str) -> Iterator[ReportsPhase]:
         return
     columns = (
         SpinnerColumn(style=ACCENT),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28, complete_style=ACCENT, finished_style=ACCENT),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(escape(phase), total=None)
+        task = progress.add_task(phase, total=None)
 
         def report(phase: str, fraction: float) -> None:
             total = 1.0 if 0 < fraction < 1 else None  # without a share to show the bar only moves
-            progress.update(task, description=escape(phase), total=total, completed=fraction)
+            progress.update(task, description=phase, total=total, completed=fraction)
 
         yield report
 
@@ -77,9 +77,16 @@ class _PhaseLines:
 
 def usage_line(output: Any, elapsed_s: float) -> str:
     """What an answer used, faintly."""
-    count = len(output.token_ids)
-    parts = [f"{output.usage.prompt_token_count} + {count} tokens"]
-    if output.usage.first_token_us:
-        parts.append(f"first after {output.usage.first_token_us / 1000:.0f} ms")
+    usage, count = output.usage, token_count(output)
+    cached = f" ({usage.cached_prompt_token_count} cached)" if usage.cached_prompt_token_count else ""
+    parts = [f"{usage.prompt_token_count}{cached} + {count} tokens"]
+    if usage.first_token_us:
+        parts.append(f"first after {usage.first_token_us / 1000:.0f} ms")
     parts.append(f"{count / max(elapsed_s, 1e-9):.0f} tokens/s")
-    return f"[dim]{' · '.join(parts)} · {output.finish_reason}[/]"
+    parts += dict.fromkeys(choice.finish_reason for choice in output.choices)
+    return f"[dim]{' · '.join(parts)}[/]"
+
+
+def token_count(output: Any) -> int:
+    """Tokens of an answer, of all its choices together."""
+    return sum(len(choice.token_ids) for choice in output.choices)

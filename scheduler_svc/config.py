@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from scheduler_svc.core.policies import make_policy
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -16,6 +18,19 @@ class SchedulerConfig:
 
     served_model_name: str = ""
     """Name under which users ask for the model. Empty: the folder's own name."""
+
+    policy: str = "fifo"
+    """Whose turn it is: `fifo`, `prefill_first`, `priority` (the request's, the larger first), `deadline` (the earliest
+    first; what cannot make it is refused early) or `fair` (equal service to tenants)."""
+
+    fair_input_weight: float = 1.0
+    """Policy `fair`: service that one prompt token counts as."""
+
+    fair_output_weight: float = 2.0
+    """Policy `fair`: service that one generated token counts as."""
+
+    prefix_reuse: bool = True
+    """Keep what was computed for one request for others that begin with the same tokens, as long as there is space."""
 
     max_waiting_requests: int = 2048
     """Accepted requests that may wait for an executor; one more is answered with `RESOURCE_EXHAUSTED`."""
@@ -39,6 +54,7 @@ class SchedulerConfig:
 
 def check_settings(config: SchedulerConfig) -> None:
     """Refuse settings that nothing could be served with. Raises `ValueError`."""
+    make_policy(config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight)
     if not 0.5 <= config.lease_s <= 3600:  # NaN is refused here too
         raise ValueError(f"lease must be 0.5 to 3600 seconds, got {config.lease_s:g}")
     if not 0 < config.step_timeout_s < math.inf:

@@ -17,17 +17,20 @@ from common.errors import RefusedError, invalid
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import sampling_pb2
 from scheduler_svc.config import SchedulerConfig
-from scheduler_svc.core.request import Request, Sampling, TraceContext
+from scheduler_svc.core.request import Request, Sampling, TraceContext, with_choices
 from scheduler_svc.fleet import ModelLimits
 from scheduler_svc.text_stream import TextStream
 from scheduler_svc.tokenizer import ChatTemplateError, Tokenizer
 
 DEFAULT_OUTPUT_TOKENS = 256
 MAX_TEMPERATURE = 100.0
+MAX_CHOICES = 64
+MAX_PRIORITY = 1000
+MAX_SALT_BYTES = 256
 MAX_STOPS, MAX_STOP_BYTES, MAX_STOP_TOKEN_IDS = 16, 256, 64
 MAX_CHAT_MESSAGES = 4096
 _FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # each with the value that keeps all tokens
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_NAME = re.compile(r"[!-~]{1,128}")
 
 
 class Door:
@@ -50,8 +53,8 @@ class Door:
         limits: ModelLimits | None,
         deadline: float,
         trace: TraceContext | None,
-    ) -> tuple[Request, TextStream]:
-        """Make a request of the message. Raises `RefusedError`."""
+    ) -> tuple[Request, list[TextStream]]:
+        """Make a request of the message, and a stream of text for each of its choices. Raises `RefusedError`."""
         if limits is None:
             raise RefusedError(
                 grpc.StatusCode.UNAVAILABLE, "no executor has joined yet; retry with backoff until one is ready"
@@ -63,10 +66,11 @@ class Door:
             )
         sampling = self._sampling(message.sampling)
         _check_stops(message.stopping.stop)
+        _check_placing(message)
         stop_token_ids = _stop_token_ids(message.stopping, limits)
         self._check_prompt(message, limits)
         loop = asyncio.get_running_loop()
-        prompt, text = await loop.run_in_executor(self._threads, self._read, message)
+        prompt, texts = await loop.run_in_executor(self._threads, self._read, message)
         _check_length(message, len(prompt), limits)
         request = Request(
             request_id=request_id,
@@ -76,12 +80,16 @@ class Door:
             sampling=sampling,
             stop_token_ids=stop_token_ids,
             deadline=deadline,
+            length_is_bounded=message.stopping.HasField("max_output_tokens"),
+            priority=message.priority,
+            tenant=message.tenant,
+            cache_salt=message.cache_salt,
             trace=trace,
         )
-        return request, text
+        return with_choices(request, len(texts)), texts
 
-    def _read(self, message: pb.GenerateRequest) -> tuple[array[int], TextStream]:
-        """Token ids of the prompt, and a stream for the text of the answer. Runs beside the event loop."""
+    def _read(self, message: pb.GenerateRequest) -> tuple[array[int], list[TextStream]]:
+        """Token ids of the prompt, and a stream for the text of each choice. Runs beside the event loop."""
         kind = message.WhichOneof("prompt")
         try:
             if kind == "text":
@@ -93,7 +101,8 @@ class Door:
                 token_ids = array("I", message.token_ids.ids)
         except ChatTemplateError as error:
             raise invalid(f"the chat template of '{self._model_name}' refuses these messages: {error}") from error
-        return token_ids, TextStream(self._tokenizer, tuple(message.stopping.stop))
+        stops = tuple(message.stopping.stop)
+        return token_ids, [TextStream(self._tokenizer, stops) for _ in range(message.choice_count or 1)]
 
     def _check_prompt(self, message: pb.GenerateRequest, limits: ModelLimits) -> None:
         """What can be said about the prompt before it is tokenized. Cheap, however large it is."""
@@ -140,7 +149,7 @@ class Door:
 
 def request_id_of(message: pb.GenerateRequest) -> str:
     """The id that the caller chose, or a new one. Raises `RefusedError`."""
-    if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
+    if message.request_id and not _NAME.fullmatch(message.request_id):
         raise invalid(
             f"request_id '{_shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
         )
@@ -177,6 +186,21 @@ def check_sampling(values: dict[str, Any]) -> None:
     _check_range("min_p", values["min_p"], 0.0, 1.0, "0 keeps all tokens")
     if not 0.0 < values["top_p"] <= 1.0:  # NaN is refused here too
         raise invalid(f"top_p is {values['top_p']:g}, must be above 0 and at most 1; 1 keeps all tokens")
+
+
+def _check_placing(message: pb.GenerateRequest) -> None:
+    """What says when and where the request runs."""
+    if message.choice_count > MAX_CHOICES:
+        raise invalid(f"choice_count (n) is {message.choice_count}, at most {MAX_CHOICES} are possible")
+    if abs(message.priority) > MAX_PRIORITY:
+        raise invalid(
+            f"priority is {message.priority}, must be {-MAX_PRIORITY} to {MAX_PRIORITY}; the larger goes first"
+        )
+    if message.tenant and not _NAME.fullmatch(message.tenant):
+        raise invalid(f"tenant '{_shown(message.tenant)}' must be 1 to 128 printable ASCII characters without spaces")
+    size = len(message.cache_salt.encode())
+    if size > MAX_SALT_BYTES:
+        raise invalid(f"cache_salt has {size} bytes, at most {MAX_SALT_BYTES} are possible; send a hash of it")
 
 
 def _stop_token_ids(stopping: sampling_pb2.StopConditions, limits: ModelLimits) -> frozenset[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,9 +14,10 @@ import structlog
 from common.errors import RefusedError, invalid
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.plan import Capacity, NeverFitsError, Plan, Result
+from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.scheduler import Scheduler
-from scheduler_svc.output_stream import OutputStream
+from scheduler_svc.output_stream import Answer, OutputStream
 from scheduler_svc.text_stream import TextStream
 
 log = structlog.get_logger()
@@ -42,14 +43,17 @@ class Engine:
 
     def __init__(self, config: SchedulerConfig) -> None:
         """Start with no request and no executor."""
-        self.scheduler = Scheduler()
+        policy = make_policy(
+            config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight
+        )
+        self.scheduler = Scheduler(policy, reuse=config.prefix_reuse)
         self.draining = False
         self._config = config
-        self._streams: dict[str, OutputStream] = {}
+        self._streams: dict[Request, OutputStream] = {}  # of every choice that has not ended
         self._links: dict[str, Link] = {}
         self._loop = asyncio.get_running_loop()
         self._arriving: dict[str, bool] = {}  # ids at the door; True once somebody cancelled it
-        self._expiry: asyncio.TimerHandle | None = None  # for the earliest deadline, or earlier
+        self._expiry: asyncio.TimerHandle | None = None  # for the next moment of the core's, or earlier
         self._room = asyncio.Event()  # set whenever the queue may have become shorter
         self._ended = asyncio.Event()  # set whenever a request ended
 
@@ -69,8 +73,8 @@ class Engine:
         finally:
             del self._arriving[request_id]
 
-    def submit(self, request: Request, text: TextStream) -> OutputStream:
-        """Accept a request that is `arriving`, or refuse it at once."""
+    def submit(self, request: Request, texts: Sequence[TextStream]) -> Answer:
+        """Accept a request that is `arriving`, or refuse it at once; `texts` are those of its choices."""
         if self._arriving[request.request_id]:
             raise RefusedError(grpc.StatusCode.CANCELLED, f"request '{request.request_id}' was cancelled")
         self.check_room(len(request.token_ids))
@@ -78,11 +82,11 @@ class Engine:
             self.scheduler.add(request)
         except NeverFitsError as error:
             raise invalid(str(error)) from error
-        stream = OutputStream(request, text, time.monotonic())
-        self._streams[request.request_id] = stream
+        answer = Answer(request, texts, time.monotonic())
+        self._streams.update(zip(request.family, answer.streams, strict=True))
         self._watch_deadlines()
         self._pump()
-        return stream
+        return answer
 
     def check_room(self, token_count: int) -> None:
         """Refuse a request of `token_count` tokens when the service is leaving or the queue is full."""
@@ -117,19 +121,21 @@ class Engine:
             self.cancel(request)
 
     def cancel(self, request: Request) -> None:
-        """End a request that nobody wants any more; its stream, if somebody still reads it, says so."""
-        if request.state is RequestState.FINISHED:
+        """End a request that nobody wants any more; its answer, if somebody still reads it, says so."""
+        if request.has_ended:
             return
+        ending = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
         self.scheduler.cancel(request)
-        self._end_stream(request, FinishReason.CANCELLED)
+        for choice in ending:
+            self._end_stream(choice, FinishReason.CANCELLED)
         self._pump()
 
     def _watch_deadlines(self) -> None:
-        """Have the timer ring for the earliest deadline."""
-        deadline = self.scheduler.next_deadline
-        if deadline is None:
+        """Have the timer ring when a deadline passes, or cannot be met any more."""
+        moment = self.scheduler.next_moment
+        if moment is None:
             return
-        wait_s = deadline - time.monotonic() + 0.002  # the loop counts milliseconds and may be that much early
+        wait_s = moment - time.monotonic() + 0.002  # the loop counts milliseconds and may be that much early
         if self._expiry is None or self._expiry.when() > self._loop.time() + wait_s:
             if self._expiry is not None:
                 self._expiry.cancel()
@@ -178,7 +184,7 @@ class Engine:
         now = time.monotonic()
         stopped = False
         for request, token_id in outputs.tokens:
-            stream = self._streams[request.request_id]
+            stream = self._streams[request]
             stopped_at = stream.push(token_id, now)
             if stopped_at is not None:
                 self.scheduler.finish(request, stopped_at, FinishReason.STOP)
@@ -210,9 +216,8 @@ class Engine:
         self._room.set()
 
     def _end_stream(self, request: Request, reason: FinishReason) -> None:
-        stream = self._streams.get(request.request_id)
-        if stream is not None and stream.request is request:  # its id may be in use again
-            del self._streams[request.request_id]
+        stream = self._streams.pop(request, None)
+        if stream is not None:
             stream.end(reason, time.monotonic())
             self._ended.set()
 
@@ -228,10 +233,10 @@ class Engine:
                     self._ended.clear()
                     await self._ended.wait()
         except TimeoutError:
-            log.warning("requests are cut off", request_count=len(self._streams))
-            for stream in list(self._streams.values()):
-                self.scheduler.finish(stream.request, stream.request.output_count, FinishReason.CUT_OFF)
-                self._end_stream(stream.request, FinishReason.CUT_OFF)
+            log.warning("requests are cut off", request_count=self.scheduler.request_count)
+            for request in list(self._streams):
+                self.scheduler.finish(request, request.output_count, FinishReason.CUT_OFF)
+                self._end_stream(request, FinishReason.CUT_OFF)
 
 
 def _overloaded(reason: str) -> RefusedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from common.errors import RefusedError, invalid
 from common.processes import PROTOCOL_VERSION, RELEASE
 from paceline.v1 import fleet_pb2
 from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity
 from scheduler_svc.engine import Engine
 from scheduler_svc.executor_link import ExecutorLink
@@ -22,6 +24,8 @@ log = structlog.get_logger()
 
 _LOOK_EVERY_S = 0.25
 _REPLACED_LIMIT = 1000
+MAX_LAYER_GROUPS = 255
+MAX_COMMON_BLOCK_SIZE = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +102,11 @@ class Fleet:
         self._give_up(member)
 
     def _take_up(self, request: fleet_pb2.JoinRequest) -> Member:
-        size = request.capacity
         link = ExecutorLink(
             executor_id=request.executor_id,
             incarnation=request.incarnation,
             address=request.address,
-            capacity=Capacity(size.block_size, size.block_count, size.slot_count, size.step_token_count),
+            capacity=capacity_of(request.capacity),
             owner=self._owner,
             events=self._engine,
             clock=self._clock,
@@ -163,9 +166,18 @@ class Fleet:
                 f"executor '{request.executor_id}' has the model '{model.name}' ({model.fingerprint[:12]}), this "
                 f"scheduler serves '{self._model_name}' ({self._fingerprint[:12]}); start both with the same folder"
             )
-        if size.block_size < 1 or size.block_size & (size.block_size - 1) or not size.block_count:
+        if not 1 <= len(size.layer_groups) <= MAX_LAYER_GROUPS or not size.block_count:
             raise invalid(
-                f"capacity has {size.block_count} blocks of {size.block_size} tokens; it needs a power of two"
+                f"capacity has {size.block_count} blocks for {len(size.layer_groups)} layer groups; it needs a block, "
+                f"and 1 to {MAX_LAYER_GROUPS} groups"
+            )
+        if not all(group.block_size for group in size.layer_groups):
+            raise invalid("capacity has a layer group whose blocks hold 0 tokens; each needs at least 1")
+        common_size = math.lcm(*(group.block_size for group in size.layer_groups))
+        if common_size > MAX_COMMON_BLOCK_SIZE:
+            raise invalid(
+                f"the blocks of the layer groups end together only every {common_size} tokens, the limit is "
+                f"{MAX_COMMON_BLOCK_SIZE}: nobody could reuse what was computed; make one size a multiple of the other"
             )
         if not 1 <= size.slot_count <= 65535 or size.step_token_count < size.slot_count:
             raise invalid(
@@ -185,6 +197,12 @@ class Fleet:
             raise _mismatch(f"executor '{request.executor_id}' got stuck in a step; it must restart")
 
 
+def capacity_of(message: fleet_pb2.ExecutorCapacity) -> Capacity:
+    """What an executor says that it holds, as the core has it."""
+    groups = tuple(LayerGroup(group.block_size, group.window, group.chunk) for group in message.layer_groups)
+    return Capacity(groups, message.block_count, message.slot_count, message.step_token_count)
+
+
 def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
     """An executor as operators see it."""
     joined = member.joined
@@ -201,7 +219,10 @@ def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
         model=joined.model,
         capacity=joined.capacity,
         running_request_count=len(executor.running) if executor else 0,
-        free_block_count=executor.blocks.free_count if executor else joined.capacity.block_count,
+        free_block_count=executor.cache.pool.free_count if executor else joined.capacity.block_count,
+        reusable_block_count=executor.cache.pool.reusable_count if executor else 0,
+        known_token_count=executor.known_count if executor else 0,
+        reused_token_count=executor.reused_count if executor else 0,
         step=member.link.answered_step,
         step_us=member.link.step_us,
         idle_share=member.link.idle_share,

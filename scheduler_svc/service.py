@@ -19,7 +19,7 @@ from scheduler_svc.core.request import FinishReason, TraceContext
 from scheduler_svc.door import Door, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet, describe
-from scheduler_svc.output_stream import OutputStream
+from scheduler_svc.output_stream import Answer, OutputStream, Piece
 from scheduler_svc.refuse_malformed import Malformed
 
 log = structlog.get_logger()
@@ -48,30 +48,25 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
         try:
-            stream = await self.accept(request, context)
+            answer = await self.accept(request, context)
         except RefusedError as error:
             await abort(context, error)
-        request_id, prompt_count = stream.request.request_id, stream.request.prompt_count
+        accepted = answer.request
         try:
-            yield pb.GenerateResponse(request_id=request_id, prompt_token_count=prompt_count)
-            finished = False
-            while not finished:
-                piece = await stream.next()
-                finished = piece.finish_reason is not None
-                failure = _failure(stream, piece.finish_reason)
-                if not failure or piece.token_ids:
-                    yield pb.GenerateResponse(
-                        text=piece.text,
-                        token_ids=array("I", piece.token_ids).tobytes(),
-                        output_token_count=stream.output_token_count,
-                        text_length=stream.text_length,
-                        finish_reason=_FINISH_REASONS.get(piece.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
-                        usage=_usage(stream) if piece.finish_reason else None,
-                    )
-                if failure:
-                    await abort(context, failure)
+            yield pb.GenerateResponse(request_id=accepted.request_id, prompt_token_count=accepted.prompt_count)
+            failure = None
+            while failure is None and not answer.is_over:
+                stream, piece = await answer.next()
+                failure = _failure(answer, stream, piece)
+                if failure is None or piece.token_ids:
+                    yield _response(answer, stream, piece)
+            if failure is not None:
+                for stream, piece in answer.rest():
+                    if piece.token_ids:
+                        yield _response(answer, stream, piece)
+                await abort(context, failure)
         finally:
-            self.release(stream)
+            self.release(answer)
 
     async def GenerateBatch(  # type: ignore[override]  # grpc.aio also takes handlers that read and write
         self,
@@ -110,7 +105,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def accept(
         self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext, *, wait: bool = False
-    ) -> OutputStream:
+    ) -> Answer:
         """Let a request in. Raises `RefusedError`; with `wait`, a full queue is waited for instead."""
         if isinstance(message, Malformed):
             raise message.error
@@ -120,34 +115,38 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
         request_id = request_id_of(message)
         with self._engine.arriving(request_id):
-            request, text = await self._door.request(message, request_id, self._fleet.limits, deadline, _trace(context))
+            request, texts = await self._door.request(
+                message, request_id, self._fleet.limits, deadline, _trace(context)
+            )
             if wait:
                 await self._engine.wait_for_room(len(request.token_ids))
-            return self._engine.submit(request, text)
+            return self._engine.submit(request, texts)
 
-    async def whole(self, stream: OutputStream) -> pb.GenerateOutput:
-        """Read a stream to its end. Raises `RefusedError` when it ends badly."""
-        text: list[str] = []
-        token_ids = array("I")
-        while True:
-            piece = await stream.next()
-            text.append(piece.text)
-            token_ids.extend(piece.token_ids)
-            failure = _failure(stream, piece.finish_reason)
+    async def whole(self, answer: Answer) -> pb.GenerateOutput:
+        """Read an answer to its end. Raises `RefusedError` when it ends badly."""
+        pieces: list[list[Piece]] = [[] for _ in answer.streams]
+        while not answer.is_over:
+            stream, piece = await answer.next()
+            pieces[stream.request.choice].append(piece)
+            failure = _failure(answer, stream, piece)
             if failure is not None:
                 raise failure
-            if piece.finish_reason is not None:
-                return pb.GenerateOutput(
-                    request_id=stream.request.request_id,
-                    text="".join(text),
-                    token_ids=token_ids.tobytes(),
-                    finish_reason=_FINISH_REASONS[piece.finish_reason],
-                    usage=_usage(stream),
+        return pb.GenerateOutput(
+            request_id=answer.request.request_id,
+            choices=[
+                pb.ChoiceOutput(
+                    text="".join(piece.text for piece in choice),
+                    token_ids=array("I", [token for piece in choice for token in piece.token_ids]).tobytes(),
+                    finish_reason=_FINISH_REASONS[choice[-1].finish_reason],
                 )
+                for choice in pieces
+            ],
+            usage=_usage(answer),
+        )
 
-    def release(self, stream: OutputStream) -> None:
-        """Nobody reads a stream any more: end its request if it still runs."""
-        self._engine.cancel(stream.request)
+    def release(self, answer: Answer) -> None:
+        """Nobody reads an answer any more: end its request if it still runs."""
+        self._engine.cancel(answer.request)
 
 
 class _Batch:
@@ -158,7 +157,7 @@ class _Batch:
         self._context = context
         self._seen: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open: set[OutputStream] = set()
+        self._open: set[Answer] = set()
         self._unwritten = asyncio.Semaphore(_BATCH_REQUESTS)
         self._answers: asyncio.Queue[pb.GenerateBatchResponse | None] = asyncio.Queue()
 
@@ -176,8 +175,8 @@ class _Batch:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for stream in self._open:
-            self._service.release(stream)
+        for answer in self._open:
+            self._service.release(answer)
 
     async def _read(self) -> None:
         """Let one request in after the other: what the queue has no room for is not even read."""
@@ -190,12 +189,12 @@ class _Batch:
                     raise invalid(f"index {message.index} was used twice in this batch")
                 self._seen.add(message.index)
                 try:
-                    stream = await self._service.accept(message.request, self._context, wait=True)
+                    answer = await self._service.accept(message.request, self._context, wait=True)
                 except RefusedError as error:
                     self._refuse(message.index, message.request.request_id, error)
                     continue
-                self._open.add(stream)
-                task = asyncio.create_task(self._answer(message.index, stream))
+                self._open.add(answer)
+                task = asyncio.create_task(self._answer(message.index, answer))
                 for tasks in (answering, self._tasks):
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
@@ -204,14 +203,15 @@ class _Batch:
         finally:
             self._answers.put_nowait(None)
 
-    async def _answer(self, index: int, stream: OutputStream) -> None:
+    async def _answer(self, index: int, answer: Answer) -> None:
         try:
-            output = await self._service.whole(stream)
+            output = await self._service.whole(answer)
         except RefusedError as error:
-            self._refuse(index, stream.request.request_id, error)
+            self._service.release(answer)  # its other choices
+            self._refuse(index, answer.request.request_id, error)
         else:
             self._answers.put_nowait(pb.GenerateBatchResponse(index=index, output=output))
-        self._open.discard(stream)
+        self._open.discard(answer)
 
     def _refuse(self, index: int, request_id: str, error: RefusedError) -> None:
         failure = pb.RequestError(request_id=request_id, code=error.code_number, message=error.message)
@@ -247,40 +247,54 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         )
 
 
-def _failure(stream: OutputStream, reason: FinishReason | None) -> RefusedError | None:
-    """The status of a request that did not end well."""
-    request = stream.request
+def _response(answer: Answer, stream: OutputStream, piece: Piece) -> pb.GenerateResponse:
+    """A piece of the answer as its message; the last one has the usage."""
+    ended_well = answer.is_over and piece.finish_reason in _FINISH_REASONS
+    return pb.GenerateResponse(
+        text=piece.text,
+        token_ids=array("I", piece.token_ids).tobytes(),
+        output_token_count=stream.output_token_count,
+        text_length=stream.text_length,
+        finish_reason=_FINISH_REASONS.get(piece.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
+        usage=_usage(answer) if ended_well else None,
+        choice=stream.request.choice,
+    )
+
+
+def _failure(answer: Answer, stream: OutputStream, piece: Piece) -> RefusedError | None:
+    """The status of a request of which this piece, the last of a choice, did not end well."""
+    request, reason = stream.request, piece.finish_reason
     if reason is FinishReason.CANCELLED:
         return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request.request_id}' was cancelled")
     if reason is FinishReason.DEADLINE:
         return RefusedError(
             grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"the deadline of request '{request.request_id}' passed after {stream.output_token_count} tokens",
+            request.error or f"the deadline of request '{request.request_id}' passed",
         )
     if reason is FinishReason.CUT_OFF:
         return RefusedError(
             grpc.StatusCode.UNAVAILABLE,
-            f"the scheduler shut down before request '{request.request_id}' had ended, after "
-            f"{stream.output_token_count} tokens; send it again",
+            f"the scheduler shut down before request '{request.request_id}' had ended; send it again",
         )
     if reason is FinishReason.ERROR:
         return RefusedError(grpc.StatusCode.INTERNAL, request.error)
     return None
 
 
-def _usage(stream: OutputStream) -> pb.Usage:
-    request = stream.request
+def _usage(answer: Answer) -> pb.Usage:
+    request = answer.request
 
     def since_acceptance_us(at: float | None) -> int:
-        return 0 if at is None else round((at - stream.accepted_at) * 1e6)
+        return 0 if at is None else round((at - answer.accepted_at) * 1e6)
 
     return pb.Usage(
         prompt_token_count=request.prompt_count,
-        output_token_count=stream.output_token_count,
+        output_token_count=answer.output_token_count,
         queue_us=max(0, since_acceptance_us(request.placed_at)),
-        first_token_us=since_acceptance_us(stream.first_token_at),
-        total_us=since_acceptance_us(stream.ended_at),
-        recomputation_count=max(0, request.placement_count - 1),
+        first_token_us=since_acceptance_us(answer.first_token_at),
+        total_us=since_acceptance_us(answer.ended_at),
+        recomputation_count=sum(max(0, choice.placement_count - 1) for choice in request.family),
+        cached_prompt_token_count=request.reused_count,
     )
 
 

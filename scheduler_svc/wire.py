@@ -15,11 +15,20 @@ def encode_plan(plan: Plan) -> pb.Plan:
     message = pb.Plan(step=plan.step, sampling_row_count=len(plan.rows))
     if plan.dropped_slots:
         message.dropped_slots = _uint16(plan.dropped_slots)
+    if plan.copies:
+        message.copies = _uint32(block for pair in plan.copies for block in pair)
+    if plan.adopted:
+        message.adopting_slots = _uint16(slot for slot, _ in plan.adopted)
+        message.adopted_token_counts = _uint32(count for _, count in plan.adopted)
+    if len(plan.skipped_slots):
+        message.skipped_slots = plan.skipped_slots.astype("<u2").tobytes()
     if plan.paused_slots:
         message.paused_slots = _uint16(plan.paused_slots)
     if plan.appended:
-        message.appended_slots = _uint16(slot for slot, _ in plan.appended)
-        message.appended_block_ids = _uint32(block for _, block in plan.appended)
+        message.appended_slots = _uint16(slot for slot, _, _ in plan.appended)
+        message.appended_block_ids = _uint32(block for _, _, block in plan.appended)
+        if any(group for _, group, _ in plan.appended):
+            message.appended_groups = bytes(group for _, group, _ in plan.appended)
     if plan.chunks:
         message.chunk_slots = _uint16(chunk.slot for chunk in plan.chunks)
         message.chunk_token_counts = _uint32(chunk.count for chunk in plan.chunks)
@@ -33,7 +42,9 @@ def decode_result(message: pb.StepResult) -> Result:
     if len(message.token_ids) % 4:
         raise ProtocolError(f"result of step {message.step} has {len(message.token_ids)} bytes of token ids")
     errors = {error.slot: error.message for error in message.errors} if message.errors else {}
-    return Result(message.step, np.frombuffer(message.token_ids, dtype="<i4").tolist(), errors)
+    timings = message.timings
+    seconds = (timings.prepare_us + timings.forward_us + timings.sample_us) / 1e6
+    return Result(message.step, np.frombuffer(message.token_ids, dtype="<i4").tolist(), errors, seconds)
 
 
 def encode_trace(trace: TraceContext | None) -> pb.TraceContext | None:
@@ -51,7 +62,9 @@ def _encode_new_request(request: NewRequest) -> pb.NewRequest:
         attempt=request.attempt,
         token_ids=_uint32(request.token_ids),
         output_count=request.output_count,
-        block_tables=[_uint32(request.block_ids)],
+        computed_count=request.computed_count,
+        block_tables=[_uint32(table) for table in request.block_tables],
+        choice=request.choice,
         sampling=pb.Sampling(
             temperature=sampling.temperature,
             top_k=sampling.top_k,

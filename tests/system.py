@@ -13,6 +13,7 @@ from paceline.v1 import fleet_pb2_grpc, inference_pb2, inference_pb2_grpc, sampl
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.main import SchedulerApp, load_model
 
+PLACING = ("choice_count", "priority", "tenant", "cache_salt")
 FAST = ExecutorConfig(model="fake", block_size=4, fake_block_count=64, max_num_seqs=8, fake_step_us=500)
 
 
@@ -50,7 +51,7 @@ class System:
         await until(lambda: not self.scheduler.request_count)
         self.scheduler.check_invariants()
         for executor in self.scheduler.executors.values():
-            assert executor.blocks.free_count == executor.capacity.block_count
+            assert executor.cache.pool.free_count == executor.capacity.block_count
             assert executor.slots.free_count == executor.capacity.slot_count
 
 
@@ -107,7 +108,8 @@ async def started(executor_count=1, executor=FAST, model="fake", **settings):
 
 
 def request(text="hello", max_output_tokens=8, *, request_id="", model="", **fields):
-    """A request message; further fields go to the sampling parameters or the stop conditions, by name."""
+    """A request message; further fields go to it, its sampling parameters or its stop conditions, by name."""
+    placing = {name: fields.pop(name) for name in PLACING if name in fields}
     stopping_names = set(sampling_pb2.StopConditions.DESCRIPTOR.fields_by_name)
     stopping = {name: fields.pop(name) for name in list(fields) if name in stopping_names}
     sampling_names = set(sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
@@ -119,4 +121,5 @@ def request(text="hello", max_output_tokens=8, *, request_id="", model="", **fie
         sampling=sampling_pb2.SamplingParams(**sampling),
         stopping=sampling_pb2.StopConditions(max_output_tokens=max_output_tokens, **stopping),
         **prompt,
+        **placing,
     )

@@ -33,6 +33,15 @@ _COMMON: dict[str, Any] = {
 }
 _SLIDING = {"sliding_window": WINDOW}
 _ALTERNATING = {**_SLIDING, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_SHARING = {  # the last two layers have no keys of their own
+    **_SLIDING,
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")],
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY_SIZE,
+}
 _GPT2 = {
     "n_embd": 64,
     "n_layer": 3,
@@ -98,6 +107,30 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
     },
     "deepseek_v3": _LATENT,
+    "olmo3": _ALTERNATING,
+    "ministral": {**_ALTERNATING, "head_dim": 16},
+    "gemma3n_text": {
+        **_SHARING,
+        "intermediate_size": [96] * 5,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 5,
+    },
+    # Full layers with wider heads than sliding ones, and with fewer.
+    "gemma4_text": {**_SHARING, "global_head_dim": 32},
+    "mimo_v2_flash": {
+        **_SLIDING,
+        "num_hidden_layers": 4,
+        "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "diffllama": {},
 }
 ARCHITECTURES = tuple(_SETTINGS)
 

@@ -20,12 +20,13 @@ from paceline.errors import (
     TimedOut,
     Unavailable,
 )
-from paceline.types import Chunk, FinishReason, Model, Output, Usage
+from paceline.types import Choice, Chunk, FinishReason, Model, Output, Usage
 
 __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Choice",
     "Chunk",
     "Client",
     "FinishReason",

@@ -1,14 +1,23 @@
 """The bookkeeping of one `generate_batch`: what is still to be answered, and what came back."""
 
 from collections.abc import Callable, Iterable, Mapping
+from reprlib import repr as shortened
 from typing import Any, Literal, TypeAlias
 
-from grpc import RpcError
+from grpc import RpcError, StatusCode
 
 from paceline._answer import output_of
 from paceline._calls import Attempts
-from paceline._requests import generate_request
-from paceline.errors import InvalidRequest, PacelineError, ServerError, error_of, error_of_call, error_of_number
+from paceline._requests import generate_request, with_defaults
+from paceline.errors import (
+    InvalidRequest,
+    PacelineError,
+    ServerError,
+    at_prompt,
+    error_of,
+    error_of_call,
+    error_of_number,
+)
 from paceline.types import Output, Prompt
 from paceline.v1 import inference_pb2 as pb
 
@@ -45,13 +54,13 @@ class Batch:
         self._unanswered: dict[int, pb.GenerateRequest] = {}  # by index; disjoint from what has an outcome
         self._refusals: dict[int, PacelineError] = {}  # why the last attempt at an unanswered request failed
         refused: dict[int, PacelineError] = {}
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(_checked(prompts)):
             self._outcomes.append(None)
             arguments = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
             try:
-                self._unanswered[index] = generate_request(**{**options, **arguments})
+                self._unanswered[index] = generate_request(**with_defaults(options, arguments))
             except InvalidRequest as error:
-                refused[index] = InvalidRequest(f"prompts[{index}]: {error.message}", error.code)
+                refused[index] = error
         for index, refusal in refused.items():
             self._settle(index, refusal)
 
@@ -70,7 +79,7 @@ class Batch:
         if request is None:
             return
         if message.WhichOneof("outcome") == "output":
-            self._settle(message.index, output_of(message.output))
+            self._settle(message.index, output_of(message.output, request))
             return
         error = error_of_number(
             message.error.code, message.error.message, message.error.request_id or request.request_id
@@ -111,10 +120,21 @@ class Batch:
 
     def _settle(self, index: int, outcome: Output | PacelineError) -> None:
         if isinstance(outcome, PacelineError) and self._on_error == "raise":
-            raise outcome
+            raise at_prompt(index, outcome)
         self._outcomes[index] = outcome
         self._unanswered.pop(index, None)
         self._done_count += 1
         self._attempts.note_progress()
         if self._on_progress is not None:
             self._on_progress(self._done_count, len(self._outcomes))
+
+
+def _checked(prompts: Iterable[BatchPrompt]) -> Iterable[BatchPrompt]:
+    """`prompts`, unless it is what can be iterated over but holds no prompts: one text, one dict."""
+    if isinstance(prompts, (str, bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(
+            f"prompts must be a list of prompts, got the {type(prompts).__name__} {shortened(prompts)}; "
+            "put a single prompt into a list",
+            StatusCode.INVALID_ARGUMENT,
+        )
+    return prompts

@@ -6,6 +6,7 @@ check, so that they live in one place.
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from operator import index as as_integer
 from reprlib import repr as shortened
 from typing import Any, TypeGuard, cast
 from uuid import uuid4
@@ -22,6 +23,7 @@ _MAX_UINT32 = 2**32 - 1
 
 _WANTED = {
     FieldDescriptor.CPPTYPE_FLOAT: "a number",
+    FieldDescriptor.CPPTYPE_INT32: f"an integer from {-(2**31)} to {2**31 - 1}",
     FieldDescriptor.CPPTYPE_UINT32: f"an integer from 0 to {_MAX_UINT32}",
     FieldDescriptor.CPPTYPE_UINT64: f"an integer from 0 to {2**64 - 1}",
     FieldDescriptor.CPPTYPE_BOOL: "True or False",
@@ -34,6 +36,7 @@ def generate_request(
     messages: str | Iterable[Message] | None = None,
     model: str | None = None,
     request_id: str | None = None,
+    n: int | None = None,
     max_output_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -43,24 +46,20 @@ def generate_request(
     stop: str | Iterable[str] = (),
     stop_token_ids: Iterable[int] = (),
     ignore_eos: bool = False,
+    priority: int | None = None,
+    tenant: str | None = None,
+    cache_salt: str | None = None,
 ) -> pb.GenerateRequest:
     """The message for one request, with a new id where the caller gave none; exactly one of `prompt`, `messages`."""
-    if (prompt is None) == (messages is None):
-        raise _invalid(
-            f"a request needs either a prompt or messages, got {shortened(prompt)} and {shortened(messages)}"
-        )
     request = pb.GenerateRequest(
-        request_id=_text("request_id", request_id or new_request_id()), model=_text("model", model or "")
+        request_id=_text("request_id", request_id or new_request_id()),
+        model=_text("model", model or ""),
+        choice_count=_choice_count(n),
+        tenant=_text("tenant", "" if tenant is None else tenant),
+        cache_salt=_text("cache_salt", "" if cache_salt is None else cache_salt),
     )
-    if messages is not None:
-        _set_chat(request, [{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
-    elif isinstance(prompt, str):
-        request.text = _text("prompt", prompt)
-    elif _is_chat(prompt):
-        _set_chat(request, prompt)
-    else:
-        request.token_ids.SetInParent()
-        request.token_ids.ids = packed("prompt", cast(Iterable[int], prompt))
+    _set_prompt(request, prompt, messages)
+    _set(request, priority=priority)
     _set(request.sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     _set(request.stopping, max_output_tokens=max_output_tokens, ignore_eos=ignore_eos or None)
     for index, text in enumerate((stop,) if isinstance(stop, str) else _iterable("stop", stop, "texts")):
@@ -68,6 +67,11 @@ def generate_request(
     if token_ids := unpacked(packed("stop_token_ids", stop_token_ids)):
         request.stopping.stop_token_ids.extend(token_ids)
     return request
+
+
+def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, and `defaults` for what they leave out or have as None."""
+    return {**defaults, **{name: value for name, value in options.items() if value is not None}}
 
 
 def new_request_id() -> str:
@@ -94,6 +98,22 @@ def unpacked(token_ids: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(token_ids) // 4}I", token_ids)
 
 
+def choice_count(request: pb.GenerateRequest) -> int:
+    """How many continuations a request asks for."""
+    return request.choice_count or 1
+
+
+def _choice_count(n: int | None) -> int:
+    """The field's value for `n`; 0 is unset, which asks for one continuation."""
+    try:
+        count = 1 if n is None else as_integer(n)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= _MAX_UINT32:
+        raise _invalid(f"n must be a whole number of choices, at least 1, got {shortened(n)}")
+    return 0 if count == 1 else count
+
+
 def _is_token_id(value: object) -> bool:
     try:
         struct.pack("<I", value)
@@ -104,6 +124,22 @@ def _is_token_id(value: object) -> bool:
 
 def _is_chat(prompt: object) -> TypeGuard[list[Message]]:
     return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _set_prompt(request: pb.GenerateRequest, prompt: Prompt | None, messages: str | Iterable[Message] | None) -> None:
+    if (prompt is None) == (messages is None):
+        raise _invalid(
+            f"a request needs either a prompt or messages, got {shortened(prompt)} and {shortened(messages)}"
+        )
+    if messages is not None:
+        _set_chat(request, [{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+    elif isinstance(prompt, str):
+        request.text = _text("prompt", prompt)
+    elif _is_chat(prompt):
+        _set_chat(request, prompt)
+    else:
+        request.token_ids.SetInParent()
+        request.token_ids.ids = packed("prompt", cast(Iterable[int], prompt))
 
 
 def _set_chat(request: pb.GenerateRequest, messages: Iterable[Message]) -> None:

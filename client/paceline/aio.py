@@ -11,7 +11,7 @@ import grpc
 from paceline._answer import Answer, model_of
 from paceline._batch import Batch, BatchPrompt, OnError, OnProgress
 from paceline._calls import CHANNEL_OPTIONS, Attempts, metadata
-from paceline._requests import generate_request
+from paceline._requests import generate_request, with_defaults
 from paceline.errors import Cancelled, PacelineError, error_of_call
 from paceline.types import Chunk, Message, Model, Options, Output, Prompt
 from paceline.v1 import inference_pb2 as pb
@@ -57,8 +57,8 @@ class AsyncStream(Answer):
     cancelling the task that reads it. An error ends the iteration; `text` still has what came before it.
     """
 
-    def __init__(self, start: _Start[_Call], request_id: str, attempts: Attempts) -> None:
-        super().__init__(request_id, attempts)
+    def __init__(self, start: _Start[_Call], request: pb.GenerateRequest, attempts: Attempts) -> None:
+        super().__init__(request, attempts)
         self._start = start
         self._is_closed = False
         self._call = start(timeout=attempts.remaining_s)
@@ -118,9 +118,10 @@ class AsyncClient:
 
     It may be made outside the event loop, and belongs to the one in which it is first used.
     `target` is `host:port` or `unix:/path`; it is dialled when it is first needed. `model` is the name of the model
-    that every request asks for; None takes the one served there. `timeout_s` holds for every call that names none of
-    its own, over all of its attempts; None waits without limit. A call that meets a full or unreachable server is
-    tried again up to `max_retries` times, with growing waits, as long as nothing of its answer has come.
+    that every request asks for; None takes the one served there. `tenant` and `cache_salt` are those of every request
+    that names none of its own. `timeout_s` holds for every call that names none of its own, over all of its attempts;
+    None waits without limit. A call that meets a full or unreachable server is tried again up to `max_retries` times,
+    with growing waits, as long as nothing of its answer has come.
     """
 
     def __init__(
@@ -128,11 +129,13 @@ class AsyncClient:
         target: str = "localhost:50051",
         *,
         model: str | None = None,
+        tenant: str | None = None,
+        cache_salt: str | None = None,
         timeout_s: float | None = None,
         max_retries: int = 4,
     ) -> None:
         self._target = target
-        self._model = model
+        self._defaults = {"model": model, "tenant": tenant, "cache_salt": cache_salt}
         self._timeout_s = timeout_s
         self._max_retries = max_retries
 
@@ -154,11 +157,12 @@ class AsyncClient:
     ) -> AsyncStream | Coroutine[Any, Any, Output]:
         """Continue a prompt: a stream of chunks for `async for`, or with `stream=False` the whole output to `await`.
 
-        `options` are those of `paceline.types.Options`: max_output_tokens, temperature, top_k, top_p, min_p, seed,
-        stop, stop_token_ids, ignore_eos, request_id. The request starts now; its errors come while it is read, except
+        `options` are those of `paceline.types.Options`: n, max_output_tokens, temperature, top_k, top_p, min_p, seed,
+        stop, stop_token_ids, ignore_eos, priority, tenant, cache_salt, request_id. With `n` > 1 each chunk is a piece
+        of its `choice`, and the output has `choices`. The request starts now; its errors come while it is read, except
         `InvalidRequest` for what cannot be sent. Errors: see `paceline.errors`.
         """
-        answer = self._generate(generate_request(prompt, model=self._model, **options), timeout_s)
+        answer = self._generate(generate_request(prompt, **with_defaults(self._defaults, options)), timeout_s)
         return answer if stream else answer.result()
 
     @overload
@@ -191,7 +195,9 @@ class AsyncClient:
 
         Like `generate` in everything else. `InvalidRequest` if the model has no chat template.
         """
-        answer = self._generate(generate_request(messages=messages, model=self._model, **options), timeout_s)
+        answer = self._generate(
+            generate_request(messages=messages, **with_defaults(self._defaults, options)), timeout_s
+        )
         return answer if stream else answer.result()
 
     @overload
@@ -230,12 +236,12 @@ class AsyncClient:
         number of requests done and of all requests, after each one. `timeout_s` is for the whole batch.
 
         One request's error does not touch the others. With `on_error="raise"` the first error is raised as soon as it
-        is known, and the rest is cancelled since nobody would get it; with `"return"` the error stands in the place
-        of the output. If the connection breaks, the outputs so far are kept and only the other requests are sent
-        again.
+        is known, its message begins with the place of the prompt, and the rest is cancelled since nobody would get it;
+        with `"return"` the error stands in the place of the output. If the connection breaks, the outputs so far are
+        kept and only the other requests are sent again.
         """
         attempts = self._attempts(timeout_s)
-        batch = Batch(prompts, {"model": self._model, **options}, attempts, on_progress, on_error)
+        batch = Batch(prompts, with_defaults(self._defaults, options), attempts, on_progress, on_error)
         trace = metadata()
         while not batch.is_done:
             failure: grpc.RpcError | None = None
@@ -282,7 +288,7 @@ class AsyncClient:
 
     def _generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
         start = partial(self._stub.Generate, request, metadata=metadata())
-        return AsyncStream(start, request.request_id, self._attempts(timeout_s))
+        return AsyncStream(start, request, self._attempts(timeout_s))
 
     async def _try(self, start: _Start[Awaitable[_Reply]], request_id: str = "") -> _Reply:
         """Make a call that may be repeated at will."""

@@ -7,7 +7,7 @@ Error               gRPC status             what to do
                     ALREADY_EXISTS
   Overloaded        RESOURCE_EXHAUSTED      the queue is full; wait `error.retry_after_s` seconds and retry
   Unavailable       UNAVAILABLE             check that the server runs and is reachable, then send the request again
-  TimedOut          DEADLINE_EXCEEDED       allow more time with timeout_s, or ask for fewer tokens
+  TimedOut          DEADLINE_EXCEEDED       allow more time with timeout_s, a shorter prompt, or fewer tokens
   Cancelled         CANCELLED               send the request again if it was not you who cancelled it
   ServerError       anything else           report it with `error.request_id`
 
@@ -70,7 +70,7 @@ class Unavailable(PacelineError):
 class TimedOut(PacelineError):
     """The time-out was over before the request had ended."""
 
-    what_to_do = "allow more time with timeout_s, or ask for fewer tokens"
+    what_to_do = "allow more time with timeout_s, a shorter prompt, or fewer tokens"
 
 
 class Cancelled(PacelineError):
@@ -108,6 +108,13 @@ def error_of(
 ) -> PacelineError:
     """The error that stands for a status."""
     return ERROR_OF_STATUS.get(code, ServerError)(message, code, request_id, retry_after_s)
+
+
+def at_prompt(index: int, error: PacelineError) -> PacelineError:
+    """`error` with the place of its prompt in a batch."""
+    placed = type(error)(f"prompts[{index}]: {error.message}", error.code, error.request_id, error.retry_after_s)
+    placed.__cause__ = error.__cause__
+    return placed
 
 
 def error_of_number(number: int, message: str, request_id: str) -> PacelineError:

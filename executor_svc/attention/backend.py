@@ -25,7 +25,7 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Attend from every token of the step.
 
-        `query` is `[query heads, T, dim]`, `keys` and `values` are `[slots, key heads, dim]` and may differ in dim;
-        the result is `[T, query heads, value dim]`, contiguous.
+        `query` is `[query heads, T, dim]`, `keys` and `values` are `[slots, key heads, dim]`, contiguous, and may
+        differ in dim and in slots; `parts` number their rows. The result is `[T, query heads, value dim]`, contiguous.
         """
         ...

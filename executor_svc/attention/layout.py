@@ -1,45 +1,30 @@
-"""Where the queries of one step find their keys: index tensors, made once for all layers.
+"""Where the queries of one step find their keys: index tensors, made once for all layers that share them.
 
-Everything here is arithmetic on the host with numpy; only its results go to the device. Token slots number the
-pool's rows: slot = block * block_size + offset.
+Everything here is arithmetic on the host with numpy; only its results go to the device. Token slots number a layer's
+keys in the pool: slot = block * stride + offset, where the stride is the layer's distance from block to block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from executor_svc.batch import IntArray
+from executor_svc.batch import IntArray, LayerGroup
+from executor_svc.layer_groups import Visibility
 
-WASTED_TOKEN_LIMIT = 2048  # reading this many padding tokens costs about as much as one more group does
+WASTED_TOKEN_LIMIT = 2048  # reading this many padding tokens costs about as much as one more part does
 SCORE_LIMIT = 1 << 20  # query x key pairs that a part of a prompt computes at once, for each head
 
 
 @dataclass(frozen=True, slots=True)
-class Visibility:
-    """Which earlier positions a query sees. Always causal; 0 means no further limit."""
-
-    window: int = 0  # the last `window` positions, its own included
-    chunk: int = 0  # only positions of its own chunk of this many
-
-    def first_key(self, positions: IntArray) -> IntArray:
-        """The first position that each query position sees."""
-        first = np.zeros_like(positions)
-        if self.window:
-            first = np.maximum(first, positions - self.window + 1)
-        if self.chunk:
-            first = np.maximum(first, positions // self.chunk * self.chunk)
-        return first
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
+class DecodePart:
     """Rows of one query each, with about as many keys, computed together."""
 
     query_index: torch.Tensor  # [B] into the step's tokens
     key_index: torch.Tensor  # [B * heads * L] rows of the keys seen as [slots * heads, dim]
+    value_index: torch.Tensor  # the same for values; the same tensor where their strides are equal
     bias: torch.Tensor | None  # [B, 1, 1, L] -inf where padding; None: no padding
     key_count: int  # L
 
@@ -51,6 +36,7 @@ class PromptPart:
     start: int  # the queries are the step's tokens [start, stop)
     stop: int
     key_index: torch.Tensor  # [heads * K] rows of the keys seen as [slots * heads, dim]
+    value_index: torch.Tensor  # the same for values
     key_count: int  # K
     query_position: torch.Tensor  # [stop - start] counted from the first of the K keys, as `first_key` is
     first_key: torch.Tensor  # [stop - start]
@@ -66,8 +52,50 @@ class PromptPart:
 class Parts:
     """All queries of a step, each in exactly one part."""
 
-    decode: list[DecodeGroup]
+    decode: list[DecodePart]
     prompt: list[PromptPart]
+
+
+@dataclass(frozen=True, slots=True)
+class KeySource:
+    """What decides where a layer's queries find their keys; layers for which it is equal share their parts."""
+
+    group: int  # index of the layer group whose blocks hold the keys
+    visibility: Visibility  # no wider than the group's
+    head_count: int  # key heads
+    key_stride: int = 1  # slots from one block to the next; gathered keys have no blocks
+    value_stride: int = 1
+
+
+class _PooledTokens:
+    """Where the tokens of one layer group are in the pool."""
+
+    def __init__(self, group: LayerGroup, tables: NDArray[np.int32], padding_block: int) -> None:
+        self.padding = padding_block
+        self._block_size = group.block_size
+        self._tables = tables
+
+    def locate(self, row: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
+        """Block and offset of positions that their rows have a block for."""
+        block = self._tables[row, position // self._block_size].astype(np.int64)
+        assert block.min(initial=0) >= 0, "a position without a block is written or read"
+        return block, position % self._block_size
+
+
+class _GatheredTokens:
+    """Where the tokens of one layer group are in what the cache returns: each row's, from the first that it sees."""
+
+    def __init__(self, group: LayerGroup, past: IntArray, context_lengths: IntArray) -> None:
+        self._first = group.first_seen(past)
+        counts = context_lengths - self._first
+        self._start = np.cumsum(counts) - counts
+        self.row = np.repeat(np.arange(len(counts)), counts)
+        self.position = np.arange(len(self.row)) + (self._first - self._start)[self.row]
+        self.padding = len(self.row)
+
+    def locate(self, row: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
+        """Each token is a block of its own here."""
+        return self._start[row] + position - self._first[row], np.zeros_like(position)
 
 
 class StepLayout:
@@ -77,98 +105,107 @@ class StepLayout:
         self,
         query_lengths: IntArray,  # [R]
         context_lengths: IntArray,  # [R]
-        block_tables: NDArray[np.int32],  # [R, W]
+        block_tables: Sequence[NDArray[np.int32]],  # by layer group [R, W]
         *,
-        block_size: int,
-        padding_slot: int,
-        group_token_limit: int,
-        gathered: bool,
+        groups: Sequence[LayerGroup],
+        padding_block: int,
+        decode_token_limit: int,  # keys, padding included, that decoding rows computed together may have
+        gathered: bool,  # attention reads what the cache returned rather than the pool
         device: torch.device,
     ) -> None:
+        self.gathered = gathered
         self._past = context_lengths - query_lengths
         self._query_lengths = query_lengths
         self._query_start = np.cumsum(query_lengths) - query_lengths
-        self._tables = block_tables
-        self._block_size = block_size
-        self._group_token_limit = group_token_limit
+        self._decode_token_limit = decode_token_limit
         self._device = device
-        self._parts: dict[tuple[Visibility, int], Parts] = {}
+        self._pooled = [_PooledTokens(*pair, padding_block) for pair in zip(groups, block_tables, strict=True)]
+        self._gathered = [_GatheredTokens(group, self._past, context_lengths) for group in groups] if gathered else []
+        self._write_slots: dict[tuple[int, int], torch.Tensor] = {}
+        self._read_slots: dict[tuple[int, int], torch.Tensor] = {}
+        self._parts: dict[KeySource, Parts] = {}
+        self._row = np.repeat(np.arange(len(query_lengths)), query_lengths)  # [T]
+        self._position = np.arange(len(self._row)) + (self._past - self._query_start)[self._row]  # [T]
+        self.position_ids = self._tensor(self._position).unsqueeze(0)  # [1, T]
 
-        row = np.repeat(np.arange(len(query_lengths)), query_lengths)
-        position = np.arange(len(row)) - self._query_start[row] + self._past[row]
-        self.position_ids = self._tensor(position).unsqueeze(0)  # [1, T]
-        self.write_slots = self._tensor(self._pool_slots(row, position))  # [T]
-        self.read_slots: torch.Tensor | None = None  # all keys of all rows, then padding; None: read from the pool
-        self._gathered_start: IntArray | None = None
-        self._padding_slot = padding_slot
-        if gathered:
-            start = np.cumsum(context_lengths) - context_lengths
-            row = np.repeat(np.arange(len(context_lengths)), context_lengths)
-            slots = self._pool_slots(row, np.arange(len(row)) - start[row])
-            self.read_slots = self._tensor(np.append(slots, padding_slot))
-            self._gathered_start = start
-            self._padding_slot = len(slots)
+    def write_slots(self, group: int, stride: int) -> torch.Tensor:
+        """Where the step's tokens go, `[T]`, in layers of `group` whose blocks are `stride` tokens apart."""
+        slots = self._write_slots.get((group, stride))
+        if slots is None:
+            block, offset = self._pooled[group].locate(self._row, self._position)
+            slots = self._write_slots[group, stride] = self._tensor(block * stride + offset)
+        return slots
 
-    @property
-    def gathered(self) -> bool:
-        """Whether attention reads what the cache returned rather than the pool."""
-        return self.read_slots is not None
+    def read_slots(self, group: int, stride: int) -> torch.Tensor:
+        """The slots of all keys that the cache of a gathered layout returns, and last one of the padding block's."""
+        slots = self._read_slots.get((group, stride))
+        if slots is None:
+            pooled, gathered = self._pooled[group], self._gathered[group]
+            block, offset = pooled.locate(gathered.row, gathered.position)
+            slots = self._tensor(np.append(block * stride + offset, pooled.padding * stride))
+            self._read_slots[group, stride] = slots
+        return slots
 
-    def parts(self, visibility: Visibility, head_count: int) -> Parts:
-        """The step's queries and the keys they see, for layers with `head_count` key heads."""
-        key = (visibility, head_count)
-        if key not in self._parts:
+    def parts(self, source: KeySource) -> Parts:
+        """The step's queries and the keys they see."""
+        parts = self._parts.get(source)
+        if parts is None:
             is_decode = self._query_lengths == 1
-            self._parts[key] = Parts(
-                decode=list(self._decode_groups(np.flatnonzero(is_decode), visibility, head_count)),
+            parts = self._parts[source] = Parts(
+                decode=list(self._decode_parts(np.flatnonzero(is_decode), source)),
                 prompt=[
-                    part
-                    for row in np.flatnonzero(~is_decode).tolist()
-                    for part in self._prompt_parts(row, visibility, head_count)
+                    part for row in np.flatnonzero(~is_decode).tolist() for part in self._prompt_parts(row, source)
                 ],
             )
-        return self._parts[key]
+        return parts
 
-    def _decode_groups(self, rows: IntArray, visibility: Visibility, head_count: int) -> Iterator[DecodeGroup]:
-        first = visibility.first_key(self._past)
+    def _decode_parts(self, rows: IntArray, source: KeySource) -> Iterator[DecodePart]:
+        tokens = self._tokens(source)
+        first = source.visibility.first_key(self._past)
         counts = self._past + 1 - first
-        for members in group_by_length(counts[rows], self._group_token_limit):
-            group = rows[members]
-            count = int(counts[group].max())
+        for members in split_by_length(counts[rows], self._decode_token_limit):
+            part = rows[members]
+            count = int(counts[part].max())
             offset = np.arange(count)
-            is_padding = offset >= counts[group, None]
-            position = np.where(is_padding, 0, first[group, None] + offset)
-            slots = np.where(is_padding, self._padding_slot, self._key_slots(group[:, None], position))
+            is_padding = offset >= counts[part, None]
+            block, offset = tokens.locate(part[:, None], first[part, None] + np.where(is_padding, 0, offset))
             bias = None
             if is_padding.any():
+                block, offset = np.where(is_padding, tokens.padding, block), np.where(is_padding, 0, offset)
                 bias = self._tensor(np.where(is_padding, np.float32(-np.inf), np.float32(0)))[:, None, None, :]
-            yield DecodeGroup(self._tensor(self._query_start[group]), self._head_index(slots, head_count), bias, count)
+            yield DecodePart(
+                self._tensor(self._query_start[part]), *self._head_indices(block, offset, source), bias, count
+            )
 
-    def _prompt_parts(self, row: int, visibility: Visibility, head_count: int) -> Iterator[PromptPart]:
+    def _prompt_parts(self, row: int, source: KeySource) -> Iterator[PromptPart]:
         past, length, base = (int(a[row]) for a in (self._past, self._query_lengths, self._query_start))
         size = max(1, SCORE_LIMIT // (past + length))
         for begin in range(0, length, size):
             positions = np.arange(past + begin, past + min(begin + size, length))
-            first = visibility.first_key(positions)
+            first = source.visibility.first_key(positions)
             keys = np.arange(first[0], positions[-1] + 1)
+            block, offset = self._tokens(source).locate(np.asarray(row), keys)
+            key_index, value_index = self._head_indices(block[None], offset[None], source)
             yield PromptPart(
                 start=base + begin,
                 stop=base + begin + len(positions),
-                key_index=self._head_index(self._key_slots(np.asarray(row), keys)[None], head_count),
+                key_index=key_index,
+                value_index=value_index,
                 key_count=len(keys),
                 query_position=self._tensor(positions - keys[0]),
                 first_key=self._tensor(first - keys[0]),
                 is_causal=bool(first[0] == positions[0] and first[-1] == first[0]),
             )
 
-    def _pool_slots(self, row: IntArray, position: IntArray) -> IntArray:
-        block = self._tables[row, position // self._block_size].astype(np.int64)
-        return block * self._block_size + position % self._block_size
+    def _tokens(self, source: KeySource) -> _PooledTokens | _GatheredTokens:
+        return self._gathered[source.group] if self.gathered else self._pooled[source.group]
 
-    def _key_slots(self, row: IntArray, position: IntArray) -> IntArray:
-        if self._gathered_start is not None:
-            return self._gathered_start[row] + position
-        return self._pool_slots(row, position)
+    def _head_indices(self, block: IntArray, offset: IntArray, source: KeySource) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of keys and of values for tokens `[B, L]`."""
+        key_index = self._head_index(block * source.key_stride + offset, source.head_count)
+        if source.value_stride == source.key_stride:
+            return key_index, key_index
+        return key_index, self._head_index(block * source.value_stride + offset, source.head_count)
 
     def _head_index(self, slots: IntArray, head_count: int) -> torch.Tensor:
         """Rows `[B, heads, L]` for slots `[B, L]`: gathering by head at once spares a transposing copy per layer."""
@@ -179,10 +216,10 @@ class StepLayout:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
 
-def group_by_length(lengths: IntArray, token_limit: int) -> Iterator[IntArray]:
-    """Split rows into groups that are padded to their longest, longest first.
+def split_by_length(lengths: IntArray, token_limit: int) -> Iterator[IntArray]:
+    """Split rows into parts that are padded to their longest, longest first.
 
-    A group ends when its padding costs more than another group would, or when it would hold more than `token_limit`
+    A part ends when its padding costs more than another part would, or when it would hold more than `token_limit`
     tokens; a row longer than that is alone.
 
     Example: lengths 9000, 100, 90 give [0], [1, 2]: padding the short rows to 9000 tokens is the dearer choice.

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from executor_svc.attention.backend import ScoreRule
-from executor_svc.attention.layout import DecodeGroup, Parts, PromptPart
+from executor_svc.attention.layout import DecodePart, Parts, PromptPart
 
 
 class TorchAttention:
@@ -23,23 +23,24 @@ class TorchAttention:
         """Attend from every token of the step; see `AttentionBackend`."""
         head_count, token_count, _ = query.shape
         output = query.new_empty(token_count, head_count, values.shape[-1])
-        for group in parts.decode:
-            output.index_copy_(0, group.query_index, self._decode(query, keys, values, group, rule).to(output.dtype))
-        for part in parts.prompt:
-            output[part.start : part.stop] = self._prompt(query, keys, values, part, rule)
+        for decode in parts.decode:
+            attended = self._decode(query, keys, values, decode, rule)
+            output.index_copy_(0, decode.query_index, attended.to(output.dtype))
+        for prompt in parts.prompt:
+            output[prompt.start : prompt.stop] = self._prompt(query, keys, values, prompt, rule)
         return output
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup, rule: ScoreRule
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: DecodePart, rule: ScoreRule
     ) -> torch.Tensor:
-        rows, key_heads = len(group.query_index), keys.shape[1]
-        q = query.index_select(1, group.query_index).transpose(0, 1).float() * rule.scaling  # [B, heads, dim]
+        rows, key_heads = len(part.query_index), keys.shape[1]
+        q = query.index_select(1, part.query_index).transpose(0, 1).float() * rule.scaling  # [B, heads, dim]
         q = q.reshape(rows, key_heads, -1, q.shape[-1])  # [B, key heads, heads of the group, dim]
-        k = self._gather("key", keys, group.key_index).view(rows, key_heads, group.key_count, -1)
-        v = self._gather("value", values, group.key_index).view(rows, key_heads, group.key_count, -1)
+        k = self._gather("key", keys, part.key_index).view(rows, key_heads, part.key_count, -1)
+        v = self._gather("value", values, part.value_index).view(rows, key_heads, part.key_count, -1)
         scores = _capped(q @ k.transpose(-1, -2), rule.softcap)  # [B, key heads, heads of the group, L]
-        if group.bias is not None:
-            scores += group.bias
+        if part.bias is not None:
+            scores += part.bias
         sinks = None if rule.sinks is None else rule.sinks.view(key_heads, -1)
         return (_softmax(scores, sinks) @ v).flatten(1, 2)
 
@@ -51,7 +52,7 @@ class TorchAttention:
         if rule.softcap or rule.sinks is not None:
             return self._prompt_by_hand(q, keys, values, part, rule)
         k = keys.flatten(0, 1).index_select(0, part.key_index).view(key_heads, 1, part.key_count, -1)
-        v = values.flatten(0, 1).index_select(0, part.key_index).view(key_heads, 1, part.key_count, -1)
+        v = values.flatten(0, 1).index_select(0, part.value_index).view(key_heads, 1, part.key_count, -1)
         attended = functional.scaled_dot_product_attention(
             q,
             k.expand(-1, q.shape[1], -1, -1),
@@ -67,7 +68,7 @@ class TorchAttention:
     ) -> torch.Tensor:
         key_heads, group_size, query_count, dim = q.shape
         k = self._gather("key", keys, part.key_index).view(key_heads, part.key_count, -1)
-        v = self._gather("value", values, part.key_index).view(key_heads, part.key_count, -1)
+        v = self._gather("value", values, part.value_index).view(key_heads, part.key_count, -1)
         rows = (q.float() * rule.scaling).reshape(key_heads, group_size * query_count, dim)
         scores = _capped(rows @ k.transpose(-1, -2), rule.softcap).unflatten(1, (group_size, query_count))
         scores.masked_fill_(~part.mask(), -torch.inf)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.request import Request, Sampling, TraceContext
 
 
@@ -15,15 +16,10 @@ from scheduler_svc.core.request import Request, Sampling, TraceContext
 class Capacity:
     """What fits on an executor, as it said when it joined."""
 
-    block_size: int  # tokens
-    block_count: int
+    layer_groups: tuple[LayerGroup, ...]  # at least one
+    block_count: int  # any block serves any group
     slot_count: int  # requests at once
     step_token_count: int  # tokens one step may compute, at least slot_count
-
-    @property
-    def token_count(self) -> int:
-        """Tokens that the cache holds."""
-        return self.block_size * self.block_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +31,10 @@ class NewRequest:
     attempt: int
     token_ids: array[int]  # a copy: prompt and outputs known when the plan was made
     output_count: int
-    block_ids: tuple[int, ...]
+    computed_count: int  # of these tokens, those whose keys and values are in its blocks already
+    block_tables: tuple[tuple[int, ...], ...]  # by layer group
     sampling: Sampling
+    choice: int
     stop_token_ids: frozenset[int]
     max_output_count: int
     trace: TraceContext | None
@@ -51,6 +49,7 @@ class Chunk:
     start: int
     count: int
     samples: bool  # whether it reaches the last known token
+    units: tuple[bytes, ...] = ()  # contents on their way into the cache, see `Cache.units`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,12 +62,18 @@ class Plan:
 
     step: int
     dropped_slots: tuple[int, ...]
+    copies: tuple[tuple[int, int], ...]  # (source, destination) blocks
     new_requests: tuple[NewRequest, ...]
-    appended: tuple[tuple[int, int], ...]  # (slot, block), in the order of appending
+    appended: tuple[tuple[int, int, int], ...]  # (slot, layer group, block), in the order of appending
+    adopted: tuple[tuple[int, int], ...]  # (slot, tokens that are in the cache already)
     paused_slots: tuple[int, ...]
+    skipped_slots: NDArray[np.int64]  # decoding slots that sit this step out
     chunks: tuple[Chunk, ...]
     row_slots: NDArray[np.int64]  # [S] slots that sample, ascending
     rows: list[Request]  # [S] who they are
+    last_rows: list[int]  # of the rows, those whose token is the last that their request asked for
+    planned_at: float
+    settling: list[int]  # of the rows, those whose blocks change hands with the result: one is full, or slid out
 
     @property
     def request_count(self) -> int:
@@ -89,6 +94,7 @@ class Result:
     step: int
     token_ids: list[int]  # one for each row of the plan; -1 where the executor had stopped the row, or it failed
     errors: dict[int, str] = field(default_factory=dict)  # slot -> what went wrong there
+    seconds: float = 0.0  # that the executor worked on it
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scheduler_svc.core.executor import Executor
+    from scheduler_svc.core.layer_groups import BlockTable
+
+Rank = tuple[float, ...]
+"""How strong a request's claim is under a policy; the smaller goes first. No two requests have the same."""
 
 
 class RequestState(Enum):
     """Where a request is."""
 
-    WAITING = "waiting"  # queued, or preempted with results still to come; holds no blocks and no slot
-    RUNNING = "running"  # placed; holds a slot, and a block for every computed and planned token
+    WAITING = "waiting"  # queued, preempted with results still to come, or to be forked; holds no blocks and no slot
+    RUNNING = "running"  # placed; holds a slot, and a block for every computed and planned token that is still seen
     FINISHED = "finished"  # has a finish reason; holds no blocks and no slot
 
 
@@ -57,6 +61,8 @@ class Request:
 
     Scheduling a request means letting the cache catch up with `token_ids`. The step in which it catches up samples
     the next token. Prefill, decode and recomputation after preemption or loss are all this one case.
+
+    A request for several choices is as many of these, with one id; see `with_choices`.
     """
 
     request_id: str
@@ -66,19 +72,38 @@ class Request:
     sampling: Sampling = Sampling()
     stop_token_ids: frozenset[int] = frozenset()
     deadline: float = math.inf  # on the clock of `now`
+    length_is_bounded: bool = True  # whether the user named max_output_count
+    priority: int = 0  # the larger goes first, where the policy looks at it
+    tenant: str = ""
+    cache_salt: str = ""  # requests with different salts never share blocks
+    choice: int = 0  # which of the continuations of one prompt
     trace: TraceContext | None = None
 
     # Kept by the scheduler:
     state: RequestState = RequestState.WAITING
+    choices: tuple[Request, ...] = ()  # all continuations of the prompt, this one included, by `choice`; () is (self,)
+    unforked_count: int = 0  # choices that wait for this one, choice 0, to have computed the prompt
     arrival: int = -1  # order of admission; the smaller, the older
+    rank: Rank = ()  # its claim under the policy
+    overtaken_count: int = 0  # weaker claims that were placed while it found no room
+    hopeless_at: float | None = None  # from when on it cannot meet its deadline, as it was last worked out
+    tried_at: int = -1  # no executor that has not changed since had room for it
     attempt: int = 0  # which placement this is, counted over all requests; 0 before the first
     placement_count: int = 0  # how often it was placed
     executor: Executor | None = None  # where it runs; None unless RUNNING
     slot: int = -1  # its number there; -1 unless RUNNING
-    computed_count: int = 0  # token_ids[:computed_count] have keys and values in the cache, by the results so far
+    computed_count: int = (
+        0  # token_ids[:computed_count] have keys and values in the cache, by the results so far; 0 unless RUNNING, and
+        # brought up to date only when a block is full while it decodes
+    )
     planned_count: int = 0  # the same once every chunk planned has run; not maintained while decoding, see `Slots`
-    block_ids: list[int] = field(default_factory=list)  # append-only while RUNNING
+    tables: tuple[BlockTable, ...] = ()  # by layer group, append-only while RUNNING; () otherwise
+    shared_tails: tuple[int, ...] = ()  # layer groups whose last block it shares, and copies before it writes there
+    promised_count: int = 0  # blocks kept for it on its executor while it catches up
+    hashes: list[bytes] = field(default_factory=list)  # of its first runs of `hashed_size` tokens, as far as needed
+    hashed_size: int = 0
     placed_at: float | None = None  # first placement
+    reused_count: int = 0  # prompt tokens that were in the cache when it was first placed
     finish_reason: FinishReason | None = None  # set exactly when FINISHED
     error: str = ""
 
@@ -93,6 +118,21 @@ class Request:
         return self.token_ids[self.prompt_count :]
 
     @property
+    def family(self) -> tuple[Request, ...]:
+        """All choices of what the user asked for."""
+        return self.choices or (self,)
+
+    @property
+    def is_unforked(self) -> bool:
+        """Whether this choice waits for choice 0 to have computed the prompt."""
+        return self.choice > 0 and self.choices[0].unforked_count > 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every choice has."""
+        return all(choice.state is RequestState.FINISHED for choice in self.family)
+
+    @property
     def final_length(self) -> int:
         """Tokens of prompt and output when it ends by length."""
         return self.prompt_count + self.max_output_count
@@ -101,3 +141,21 @@ class Request:
     def cache_limit(self) -> int:
         """Tokens that it may ever have in the cache: the last one sampled is never computed."""
         return self.final_length - 1
+
+
+def with_choices(request: Request, choice_count: int) -> Request:
+    """Ask for `choice_count` continuations of the prompt; returns choice 0, which computes it for all of them.
+
+    The others come into being as requests of their own, each with its own tokens and end, and are forked from choice
+    0 once that has computed all prompt tokens but the last. Then each computes the last one and samples for itself.
+    """
+    others = [
+        replace(request, choice=choice, hashes=[])  # the prompt is one and the same until the fork
+        for choice in range(1, choice_count)
+    ]
+    if others:
+        request.choices = (request, *others)
+        request.unforked_count = len(others)
+    for other in others:
+        other.choices = request.choices
+    return request

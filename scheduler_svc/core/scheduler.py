@@ -3,14 +3,12 @@
 import heapq
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
-from scheduler_svc.core.blocks import blocks_for
-from scheduler_svc.core.executor import Executor
-from scheduler_svc.core.plan import Capacity, Chunk, NeverFitsError, NewRequest, Outputs, Plan, ProtocolError, Result
-from scheduler_svc.core.queue import WaitingQueue
+from scheduler_svc.core.executor import Executor, most_blocks
+from scheduler_svc.core.placement import Placement
+from scheduler_svc.core.plan import Capacity, NeverFitsError, Outputs, Plan, ProtocolError, Result
+from scheduler_svc.core.policies import Policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
+from scheduler_svc.core.step_plan import StepPlanner, grow_decoding
 
 
 class Scheduler:
@@ -20,29 +18,33 @@ class Scheduler:
     executor should compute next. Nothing here waits, reads a clock or talks to anybody.
     """
 
-    def __init__(self) -> None:
-        """Start with no request and no executor."""
+    def __init__(self, policy: Policy | None = None, *, reuse: bool = True) -> None:
+        """Start with no request and no executor.
+
+        `policy` orders requests; None is first come, first served. With `reuse`, what was computed for one request is
+        kept for others that begin with the same tokens.
+        """
+        self.policy = policy or Policy()
         self.executors: dict[str, Executor] = {}
-        self._requests: dict[str, Request] = {}  # by id; every request that is not FINISHED
-        self._waiting = WaitingQueue()
-        self._stranded: set[Request] = set()  # WAITING; no executor that is here now could ever hold them
-        self._largest: Capacity | None = None  # of all executors that ever joined
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap of (deadline, arrival, request)
-        self._ended_deadline_count = 0  # how many of them have ended: never the majority for long
+        self._reuse = reuse
+        self._requests: dict[str, Request] = {}  # by id, choice 0 of every request that has not ended
+        self._placement = Placement(self.policy)
+        self._capacities: dict[Capacity, None] = {}  # of all executors that ever joined
+        self._moments: list[tuple[float, int, Request]] = []  # a heap of (when `expire` has to look, arrival, request)
+        self._ended_moment_count = 0  # how many of them have ended: never the majority for long
         self._arrival_count = 0
-        self._attempt_count = 0
 
     # --- requests -----------------------------------------------------------------------------------------------
 
     @property
     def waiting_count(self) -> int:
         """Requests that wait to be placed."""
-        return len(self._waiting) + len(self._stranded)
+        return len(self._placement.queue) + len(self._placement.stranded)
 
     @property
     def waiting_token_count(self) -> int:
         """Known tokens of the requests that wait to be placed."""
-        return self._waiting.token_count
+        return self._placement.waiting_token_count
 
     @property
     def request_count(self) -> int:
@@ -50,108 +52,121 @@ class Scheduler:
         return len(self._requests)
 
     def get(self, request_id: str) -> Request | None:
-        """The request of that id that has not ended."""
+        """The request of that id that has not ended; where it has several choices, the first, which may have."""
         return self._requests.get(request_id)
 
     def add(self, request: Request) -> None:
-        """Accept a request; from here on it is not lost.
+        """Accept a request with all its choices; from here on it is not lost.
 
         Raises `NeverFitsError` with the arithmetic when no executor that ever joined could hold it even alone. Before
         the first has joined it waits.
         """
         self._check_fits(request)
-        request.arrival = self._arrival_count
-        self._arrival_count += 1
         self._requests[request.request_id] = request
-        self._waiting.push(request)
-        if request.deadline != math.inf:
-            heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
+        for choice in request.family:
+            choice.arrival = self._arrival_count
+            choice.rank = self.policy.rank(choice)
+            self._arrival_count += 1
+            if choice.deadline != math.inf:  # a policy that looks ahead looks at once
+                moment = -math.inf if self.policy.sheds else choice.deadline
+                heapq.heappush(self._moments, (moment, choice.arrival, choice))
+        self._placement.push(request)
 
     def _check_fits(self, request: Request) -> None:
-        largest = self._largest
-        if largest is None or blocks_for(request.cache_limit, largest.block_size) <= largest.block_count:
+        needs = [(most_blocks(capacity, request), capacity.block_count) for capacity in self._capacities]
+        if not needs or any(needed <= there for needed, there in needs):
             return
-        needed = blocks_for(request.cache_limit, largest.block_size)
+        needed, there = min(needs, key=lambda need: need[0] - need[1])
         raise NeverFitsError(
-            f"request '{request.request_id}' needs up to {needed} cache blocks of {largest.block_size} tokens "
-            f"({request.prompt_count} prompt + {request.max_output_count} output tokens) but the largest executor has "
-            f"{largest.block_count}; shorten the prompt or lower max_output_tokens"
+            f"request '{request.request_id}' needs up to {needed} cache blocks ({request.prompt_count} prompt + "
+            f"{request.max_output_count} output tokens) but the largest executor has {there}; shorten the prompt or "
+            f"lower max_output_tokens"
         )
 
     def finish(self, request: Request, output_count: int, reason: FinishReason, error: str = "") -> None:
         """End a request now, keeping its first `output_count` generated tokens.
 
         Legal in every state. Its blocks are free for the next plan; what steps in flight still compute for it is
-        dropped on arrival.
+        dropped on arrival. Of several choices only this one ends, and those that wait to be forked from it.
         """
         if request.state is RequestState.FINISHED:
             return
-        if request.state is RequestState.RUNNING:
-            assert request.executor is not None
-            request.executor.release(request)
-            request.state = RequestState.FINISHED
-        else:
-            request.state = RequestState.FINISHED
-            if request in self._stranded:
-                self._stranded.remove(request)
-            elif not self._is_unsettled(request):
-                self._waiting.note_ended(request)
+        if request.unforked_count:
+            for choice in request.choices[1:]:
+                self.finish(choice, 0, reason, error)
+            request.unforked_count = 0
+        was_waiting = request.state is RequestState.WAITING
+        request.state = RequestState.FINISHED
+        if request.executor is not None:
+            executor = request.executor
+            executor.release(request)
+            self._placement.note_change(executor)
+        elif was_waiting and not request.is_unforked and not self._is_unsettled(request):
+            self._placement.remove_ended(request)
         del request.token_ids[request.prompt_count + output_count :]
         request.finish_reason = reason
         request.error = error
-        del self._requests[request.request_id]
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._placement.lengths.note_ended(output_count, request.max_output_count)
         if request.deadline != math.inf:
-            self._forget_deadline()
+            self._note_moment_ended()
+        if request.has_ended:
+            del self._requests[request.request_id]
 
     def cancel(self, request: Request) -> None:
-        """End a request that nobody wants any more."""
-        self.finish(request, request.output_count, FinishReason.CANCELLED)
+        """End a request that nobody wants any more, with all its choices."""
+        for choice in request.family:
+            self.finish(choice, choice.output_count, FinishReason.CANCELLED)
+
+    # --- deadlines ----------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> list[Request]:
-        """End the requests whose deadline has passed, and return them."""
-        expired = []
-        while (deadline := self.next_deadline) is not None and deadline <= now:
-            request = self._deadlines[0][2]
-            self.finish(request, request.output_count, FinishReason.DEADLINE)
-            expired.append(request)
+        """End the requests whose deadline has passed, or which cannot meet it any more; returns them."""
+        expired: list[Request] = []
+        while (moment := self.next_moment) is not None and moment <= now:
+            request = self._moments[0][2]
+            if (moment := self._placement.last_moment(request, now)) > now:
+                heapq.heapreplace(self._moments, (moment, request.arrival, request))
+                continue
+            choices = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
+            self.finish(request, request.output_count, FinishReason.DEADLINE, _too_late(request, now))
+            expired += [choice for choice in choices if choice.state is RequestState.FINISHED]
         return expired
 
     @property
-    def next_deadline(self) -> float | None:
-        """The earliest deadline of a request that has not ended."""
-        while self._deadlines and self._deadlines[0][2].state is RequestState.FINISHED:
-            heapq.heappop(self._deadlines)
-            self._ended_deadline_count -= 1
-        return self._deadlines[0][0] if self._deadlines else None
+    def next_moment(self) -> float | None:
+        """When `expire` has something to look at: the earliest deadline, or the last moment to start somebody."""
+        while self._moments and self._moments[0][2].state is RequestState.FINISHED:
+            heapq.heappop(self._moments)
+            self._ended_moment_count -= 1
+        return self._moments[0][0] if self._moments else None
 
-    def _forget_deadline(self) -> None:
+    def _note_moment_ended(self) -> None:
         """A request with a deadline has ended; let go of the ended ones when they become the majority."""
-        self._ended_deadline_count += 1
-        if self._ended_deadline_count > len(self._deadlines) // 2 + 16:
-            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not RequestState.FINISHED]
-            heapq.heapify(self._deadlines)
-            self._ended_deadline_count = 0
+        self._ended_moment_count += 1
+        if self._ended_moment_count > len(self._moments) // 2 + 16:
+            self._moments = [entry for entry in self._moments if entry[2].state is not RequestState.FINISHED]
+            heapq.heapify(self._moments)
+            self._ended_moment_count = 0
 
     # --- executors ----------------------------------------------------------------------------------------------
 
     def join(self, executor_id: str, capacity: Capacity) -> None:
         """Take up an executor that is attached and empty."""
         assert executor_id not in self.executors, f"executor {executor_id!r} joined twice"
-        self.executors[executor_id] = Executor(executor_id, capacity)
-        if self._largest is None or capacity.token_count > self._largest.token_count:
-            self._largest = capacity
-        self._call_back_stranded()
+        executor = self.executors[executor_id] = Executor(executor_id, capacity, reuse=self._reuse)
+        self._capacities[capacity] = None
+        self._placement.add_executor(executor)
 
     def drain(self, executor_id: str, draining: bool = True) -> None:
         """Place nothing new on an executor; what runs there goes on. Or, with False, place again."""
-        self.executors[executor_id].draining = draining
-        if not draining:
-            self._call_back_stranded()
-
-    def _call_back_stranded(self) -> None:
-        for request in self._stranded:
-            self._waiting.push(request)
-        self._stranded.clear()
+        executor = self.executors[executor_id]
+        executor.draining = draining
+        if draining:
+            self._placement.look_again()
+        else:
+            self._placement.note_change(executor)
+            self._placement.call_back_stranded()
 
     def lose(self, executor_id: str) -> list[Request]:
         """Give up an executor with everything on it. Its requests wait again, in their old order; returns them.
@@ -159,84 +174,66 @@ class Scheduler:
         Results of its plans that come later belong to attempts that are over: do not apply them.
         """
         executor = self.executors.pop(executor_id)
-        unsettled = [request for _, request in executor.unsettled if request.state is RequestState.WAITING]
-        lost = sorted(executor.running, key=lambda request: request.arrival)
+        self._placement.remove_executor(executor)
+        coming_back = executor.coming_back()
+        lost = sorted(executor.running, key=lambda request: request.rank)
         for request in lost:
             executor.release(request)
             request.state = RequestState.WAITING
-        for request in lost + unsettled:
-            self._waiting.push(request)
-        return lost + unsettled
+        for request in lost + coming_back:
+            self._placement.push(request)
+        return lost + coming_back
 
     # --- steps --------------------------------------------------------------------------------------------------
 
     def plan(self, executor_id: str, now: float) -> Plan | None:
         """Decide what the next step on this executor computes; None when there is nothing, or no credit, for one.
 
-        Running requests that decode come first, each with one token, so that an admitted request keeps producing.
-        What is left of the token budget goes to requests that catch up, oldest first, in chunks; waiting requests
-        join these, placed on whichever executor has the least work ahead.
+        Requests that decode come first, each with one token, so that an admitted request keeps producing. What is
+        left of the token budget goes to requests that catch up, in chunks; waiting requests join these, placed where
+        their next token is expected soonest. The policy may have it otherwise.
         """
         executor = self.executors[executor_id]
         if not executor.has_credit:
             return None
+        plan = self._plan_step(executor, now)
+        while plan is None and executor.is_stuck and (weakest := executor.weakest) is not None:
+            self._placement.preempt(executor, weakest)  # all of them lack blocks, and each of them holds some
+            plan = self._plan_step(executor, now)
+        if plan is not None and plan.chunks:
+            self._placement.note_change(executor)  # its backlog is smaller
+        return plan
+
+    def _plan_step(self, executor: Executor, now: float) -> Plan | None:
         executor.slots.pause_exhausted()
-        appended = self._grow_decoding(executor)
-        self._place(now)
-        decoding = np.flatnonzero(executor.slots.decoding)
-        started, chunks, more = _plan_chunks(executor, executor.capacity.step_token_count - len(decoding))
-        if not len(decoding) and not chunks:
-            return None
-        executor.slots.planned[decoding] += 1
-        return _seal(executor, decoding, started, chunks, appended + more)
+        grow_decoding(executor, self._placement.preempt)
+        self._placement.place(now)
+        if executor.forking:
+            self._fork(executor, now)
+        planner = StepPlanner(executor, lambda: self._place_more(executor, now))
+        return planner.plan(now, prefill_first=self.policy.prefill_first)
 
-    def _place(self, now: float) -> None:
-        """Move waiting requests, oldest first, to executors, until the one whose turn it is has to wait.
+    def _place_more(self, executor: Executor, now: float) -> None:
+        self._placement.note_change(executor)
+        self._placement.place(now, may_displace=False)  # whoever is part of the step stays
 
-        A request that needs a larger executor than there is, and takes requests, steps aside until one joins.
-        """
-        while (request := self._waiting.first()) is not None:
-            candidates = [executor for executor in self.executors.values() if executor.has_room_for(request)]
-            if not candidates:
-                if any(e.could_ever_hold(request) and not e.draining for e in self.executors.values()):
-                    return
-                self._stranded.add(self._waiting.pop())
+    def _fork(self, executor: Executor, now: float) -> None:
+        """Start the choices whose prompt is computed. Who finds no room here queues like everybody else."""
+        for parent in sorted(executor.forking, key=lambda request: request.rank):
+            executor.adopt(parent)
+            if parent.computed_count < parent.prompt_count - 1:
                 continue
-            self._waiting.pop()
-            self._attempt_count += 1
-            request.attempt = self._attempt_count
-            request.placement_count += 1
-            request.state = RequestState.RUNNING
-            request.placed_at = now if request.placed_at is None else request.placed_at
-            min(candidates, key=Executor.work_ahead).start(request)
-
-    def _grow_decoding(self, executor: Executor) -> list[tuple[int, int]]:
-        """Give a block to every decoding request that needs one, oldest first; returns (slot, block) pairs."""
-        appended = []
-        for request in executor.slots.without_room():
-            if request.executor is executor and self._make_room(executor, request, 1):
-                appended += [(request, block) for block in executor.append_blocks(request, 1)]
-        return [(request.slot, block) for request, block in appended if request.executor is executor]
-
-    def _make_room(self, executor: Executor, request: Request, count: int) -> bool:
-        """Preempt the youngest until `count` blocks are free; False when `request` itself was the youngest."""
-        while executor.blocks.free_count < count:
-            youngest = max(executor.running, key=lambda other: other.arrival)
-            self._preempt(executor, youngest)
-            if youngest is request:
-                return False
-        return True
-
-    def _preempt(self, executor: Executor, request: Request) -> None:
-        """Take a request off its executor. It is queued again once the plans that know it are answered: the tokens
-        that these still bring count.
-        """
-        executor.release(request)
-        request.state = RequestState.WAITING
-        if executor.in_flight:
-            executor.unsettled.append((executor.step, request))
-        else:
-            self._waiting.push(request)
+            executor.forking.remove(parent)
+            parent.unforked_count = 0
+            for choice in parent.choices[1:]:
+                if choice.state is RequestState.FINISHED:
+                    continue
+                choice.token_ids = parent.token_ids[:]
+                if executor.has_room_to_fork():
+                    self._placement.note_placed(choice, now)
+                    executor.fork(parent, choice)
+                else:
+                    self._placement.push(choice)
 
     def apply(self, executor_id: str, result: Result) -> Outputs:
         """Take in the result of the oldest plan in flight: append its tokens, end what ends with them.
@@ -245,38 +242,38 @@ class Scheduler:
         """
         executor = self.executors[executor_id]
         plan = _answered_plan(executor, result)
-        executor.in_flight.popleft()
+        executor.take_answered()
+        if result.seconds:
+            executor.step_times.observe(plan.token_count, result.seconds, plan.planned_at)
         outputs = Outputs(tokens=[], finished=[])
-        for chunk in plan.chunks:
-            if chunk.request.executor is executor and not chunk.samples:
-                chunk.request.computed_count = chunk.start + chunk.count
-        self._append_tokens(plan.rows, result.token_ids, outputs)
+        _settle_blocks(executor, plan, result)
+        self._append_tokens(plan, result.token_ids, outputs)
+        self.policy.note_tokens(outputs.tokens)
         for request, message in _failed_requests(plan, result):
+            choices = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
             self.finish(request, request.output_count, FinishReason.ERROR, message)
-            outputs.finished.append(request)
-        while executor.unsettled and executor.unsettled[0][0] <= plan.step:
-            _, request = executor.unsettled.popleft()
-            if request.state is RequestState.WAITING:
-                self._waiting.push(request)
+            outputs.finished.extend(choice for choice in choices if choice.state is RequestState.FINISHED)
+        self._placement.settle(executor, plan.step)
+        if plan.settling or plan.chunks:
+            self._placement.note_change(executor)
         return outputs
 
-    def _append_tokens(self, rows: list[Request], token_ids: list[int], outputs: Outputs) -> None:
-        """Append one token to each row's request, in the order of rows. The hot loop: every running request, every
-        step.
-        """
-        tokens = outputs.tokens
-        for request, token in zip(rows, token_ids, strict=True):
-            if request.state is RequestState.FINISHED or token < 0:
-                continue
-            known = request.token_ids
-            if request.state is RequestState.RUNNING:
-                request.computed_count = len(known)
-            known.append(token)
-            tokens.append((request, token))
-            if token in request.stop_token_ids:
-                self.finish(request, request.output_count, FinishReason.STOP)
-                outputs.finished.append(request)
-            elif len(known) == request.final_length:
+    def _append_tokens(self, plan: Plan, token_ids: list[int], outputs: Outputs) -> None:
+        """Append one token to each row's request, in the order of rows, and end what ends with it."""
+        finished = RequestState.FINISHED
+        # The hot loops: every running request, every step.
+        tokens = [
+            pair for pair in zip(plan.rows, token_ids, strict=True) if pair[1] >= 0 and pair[0].state is not finished
+        ]
+        for request, token in tokens:
+            request.token_ids.append(token)
+        outputs.tokens.extend(tokens)
+        for request in [request for request, token in tokens if token in request.stop_token_ids]:
+            self.finish(request, request.output_count, FinishReason.STOP)
+            outputs.finished.append(request)
+        for row in plan.last_rows:
+            request = plan.rows[row]
+            if request.state is not finished and token_ids[row] >= 0:
                 self.finish(request, request.output_count, FinishReason.LENGTH)
                 outputs.finished.append(request)
 
@@ -287,91 +284,51 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Hold everything that is kept twice against each other. Tests call it after every event."""
-        queued = self._waiting.check_invariants()
+        queued = self._placement.check_invariants()
         running: set[Request] = set()
-        unsettled: set[Request] = set()
+        coming_back: set[Request] = set()
         for executor in self.executors.values():
             executor.check_invariants()
             running |= executor.running
-            unsettled |= {r for _, r in executor.unsettled if r.state is not RequestState.FINISHED}
-        assert not queued & unsettled, "a request is queued before the results of its last placement are in"
-        assert not self._stranded & (queued | unsettled), "a request is set aside and queued"
-        ended = sum(entry[2].state is RequestState.FINISHED for entry in self._deadlines)
-        assert ended == self._ended_deadline_count, "the ended requests in the heap of deadlines are miscounted"
-        somewhere = queued | unsettled | running | self._stranded
-        assert somewhere == set(self._requests.values()), "a request is lost, or ended and kept"
-        for request in self._requests.values():
+            coming_back |= set(executor.coming_back())
+        assert not queued & coming_back, "a request is queued before the results of its last placement are in"
+        ended = sum(entry[2].state is RequestState.FINISHED for entry in self._moments)
+        assert ended == self._ended_moment_count, "the ended requests in the heap of deadlines are miscounted"
+        alive = {c for r in self._requests.values() for c in r.family if c.state is not RequestState.FINISHED}
+        unforked = {request for request in alive if request.is_unforked}
+        assert not unforked & (queued | coming_back | running), "a choice is somewhere before it was forked"
+        assert queued | coming_back | running | unforked == alive, "a request is lost, or ended and kept"
+        assert all(not request.has_ended for request in self._requests.values()), "a request ended and is kept"
+        for request in alive:
             expected = RequestState.RUNNING if request in running else RequestState.WAITING
             assert request.state is expected, "a request's state differs from where it is"
-            assert request.state is RequestState.RUNNING or not request.block_ids, "a waiting request holds blocks"
+            assert request.state is RequestState.RUNNING or not request.tables, "a waiting request holds blocks"
             assert request.output_count < request.max_output_count, "a request goes on beyond its length"
 
 
-def _plan_chunks(executor: Executor, budget: int) -> tuple[list[Request], list[Chunk], list[tuple[int, int]]]:
-    """Spend the token budget on requests that catch up, oldest first; returns (started, chunks, appended blocks).
-
-    They take blocks from nobody: each was placed when its blocks were free, and waits for those that decoding
-    requests took since. It cannot wait for ever: decoding requests end, and give back more than they took.
-    """
-    started: list[Request] = []
-    chunks: list[Chunk] = []
-    appended: list[tuple[int, int]] = []
-    for request in list(executor.catching_up):
-        wanted = min(budget, len(request.token_ids) - request.planned_count)
-        count, block_ids = executor.take_blocks_for(request, wanted)
-        if count == 0:
-            continue
-        if request in executor.starting:
-            executor.starting.remove(request)
-            started.append(request)
-        else:
-            appended += [(request.slot, block) for block in block_ids]
-        start = request.planned_count
-        executor.advance(request, count)
-        budget -= count
-        chunks.append(Chunk(request.slot, request, start, count, request.planned_count == len(request.token_ids)))
-    return started, chunks, appended
-
-
-def _seal(
-    executor: Executor,
-    decoding: NDArray[np.int64],
-    started: list[Request],
-    chunks: list[Chunk],
-    appended: list[tuple[int, int]],
-) -> Plan:
-    """Make the plan a value, and count it as sent."""
-    sampling_slots = [chunk.slot for chunk in chunks if chunk.samples]
-    row_slots = np.sort(np.concatenate((decoding, np.array(sampling_slots, dtype=np.int64))))
-    dropped, paused = executor.slots.collect_changes([request.slot for request in started])
-    executor.step += 1
-    plan = Plan(
-        step=executor.step,
-        dropped_slots=dropped,
-        new_requests=tuple(_describe(request) for request in started),
-        appended=tuple(appended),
-        paused_slots=paused,
-        chunks=tuple(chunks),
-        row_slots=row_slots,
-        rows=executor.slots.owners[row_slots].tolist(),
+def _too_late(request: Request, now: float) -> str:
+    """Why the request is refused before its deadline; empty when that has passed."""
+    if now >= request.deadline:
+        return ""
+    return (
+        f"request '{request.request_id}' is refused {request.deadline - now:.3g} s before its deadline: the "
+        f"{len(request.token_ids)} tokens before its next one cannot be computed in that time; allow more time or "
+        f"shorten the prompt"
     )
-    executor.in_flight.append(plan)
-    return plan
 
 
-def _describe(request: Request) -> NewRequest:
-    return NewRequest(
-        slot=request.slot,
-        request_id=request.request_id,
-        attempt=request.attempt,
-        token_ids=request.token_ids[:],
-        output_count=request.output_count,
-        block_ids=tuple(request.block_ids),
-        sampling=request.sampling,
-        stop_token_ids=request.stop_token_ids,
-        max_output_count=request.max_output_count,
-        trace=request.trace,
-    )
+def _settle_blocks(executor: Executor, plan: Plan, result: Result) -> None:
+    """Offer what the step has filled, before its requests may end; what a failing row has written is never offered."""
+    for chunk in plan.chunks:
+        request = chunk.request
+        if request.executor is executor and not chunk.samples and chunk.slot not in result.errors:
+            request.computed_count = chunk.start + chunk.count
+            executor.settle(request)
+    for row in plan.settling:
+        request = plan.rows[row]
+        if request.executor is executor and result.token_ids[row] >= 0:
+            request.computed_count = len(request.token_ids)
+            executor.settle(request)
 
 
 def _answered_plan(executor: Executor, result: Result) -> Plan:

@@ -46,6 +46,14 @@ class Wait:
 
 
 UNAVAILABLE = Fail(grpc.StatusCode.UNAVAILABLE, "the scheduler is starting")
+USAGE = pb.Usage(
+    prompt_token_count=5,
+    output_token_count=2,
+    queue_us=10,
+    first_token_us=20,
+    total_us=30,
+    cached_prompt_token_count=4,
+)
 ACCEPTED = pb.GenerateResponse(request_id="scripted", prompt_token_count=5)
 
 Action = pb.GenerateResponse | Fail | Wait
@@ -56,26 +64,36 @@ def token_bytes(*ids: int) -> bytes:
     return struct.pack(f"<{len(ids)}I", *ids)
 
 
-def tokens(text: str, *ids: int) -> pb.GenerateResponse:
-    return pb.GenerateResponse(text=text, token_ids=token_bytes(*ids))
+def tokens(text: str, *ids: int, choice: int = 0) -> pb.GenerateResponse:
+    return pb.GenerateResponse(text=text, token_ids=token_bytes(*ids), choice=choice)
 
 
-def last(text: str, *ids: int, reason: pb.FinishReason.ValueType = pb.FINISH_REASON_LENGTH) -> pb.GenerateResponse:
-    usage = pb.Usage(prompt_token_count=5, output_token_count=2, queue_us=10, first_token_us=20, total_us=30)
-    return pb.GenerateResponse(text=text, token_ids=token_bytes(*ids), finish_reason=reason, usage=usage)
+def end_of_choice(
+    text: str, *ids: int, choice: int = 0, reason: pb.FinishReason.ValueType = pb.FINISH_REASON_LENGTH
+) -> pb.GenerateResponse:
+    """The last message of one choice; others still run."""
+    return pb.GenerateResponse(text=text, token_ids=token_bytes(*ids), finish_reason=reason, choice=choice)
+
+
+def last(
+    text: str, *ids: int, choice: int = 0, reason: pb.FinishReason.ValueType = pb.FINISH_REASON_LENGTH
+) -> pb.GenerateResponse:
+    """The last message of all."""
+    message = end_of_choice(text, *ids, choice=choice, reason=reason)
+    message.usage.CopyFrom(USAGE)
+    return message
 
 
 HELLO = (ACCEPTED, tokens("Hel", 7), last("lo", 8))
 
 
 def answered(message: pb.GenerateBatchRequest, text: str = "") -> pb.GenerateBatchResponse:
-    """An output that repeats the prompt."""
-    output = pb.GenerateOutput(
-        request_id=message.request.request_id,
-        text=text or message.request.text,
-        token_ids=token_bytes(message.index),
-        finish_reason=pb.FINISH_REASON_STOP,
+    """An output that repeats the prompt in each of its choices."""
+    choice = pb.ChoiceOutput(
+        text=text or message.request.text, token_ids=token_bytes(message.index), finish_reason=pb.FINISH_REASON_STOP
     )
+    choices = [choice] * max(1, message.request.choice_count)
+    output = pb.GenerateOutput(request_id=message.request.request_id, choices=choices, usage=USAGE)
     return pb.GenerateBatchResponse(index=message.index, output=output)
 
 

@@ -3,7 +3,7 @@
 import grpc
 import pytest
 
-from paceline import InvalidRequest, Output, Overloaded, ServerError, TimedOut, Unavailable
+from paceline import Choice, FinishReason, InvalidRequest, Output, Overloaded, ServerError, TimedOut, Unavailable
 from tests.client.scripted_server import UNAVAILABLE, Fail, answered, failed
 
 
@@ -95,9 +95,77 @@ def test_raises_the_first_error_by_default(client, server):
         lambda messages: [answered(messages[0]), failed(messages[1], grpc.StatusCode.INVALID_ARGUMENT)]
     )
 
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequest, match=r"^prompts\[1\]: as scripted \(request mine\)$") as caught:
         client.generate_batch(["a", {"prompt": "b", "request_id": "mine"}, "c"])
     assert caught.value.request_id == "mine"
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "message"),
+    [
+        (lambda messages: [*map(answered, messages[:2]), UNAVAILABLE], Unavailable, "the scheduler is starting"),
+        (lambda messages: map(answered, messages[:2]), ServerError, "without answering"),
+        (
+            lambda messages: [*map(answered, messages[:2]), failed(messages[2], grpc.StatusCode.RESOURCE_EXHAUSTED)],
+            Overloaded,
+            "as scripted",
+        ),
+    ],
+)
+def test_an_error_that_is_raised_names_the_place_of_its_prompt(connect, server, script, kind, message):
+    """The id of the request was made here: it tells the caller nothing about which of ten thousand prompts failed."""
+    server.batch_scripts.append(script)
+
+    with pytest.raises(kind, match=rf"^prompts\[2\]: .*{message}"):
+        connect(max_retries=0).generate_batch(["a", "b", "c"])
+
+
+def test_a_prompt_that_cannot_be_sent_is_named_before_anything_is(client, server):
+    """The second of a thousand prompts has a mistake: the first should not have been paid for."""
+    with pytest.raises(InvalidRequest, match=r"^prompts\[1\]: n must be a whole number of choices"):
+        client.generate_batch(["a", {"prompt": "b", "n": 0}])
+    assert server.batches == []
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ("Once upon", "the str 'Once upon'"),
+        (b"Once", "the bytes b'Once'"),
+        ({"prompt": "Once"}, "the dict {'prompt': 'Once'}"),
+        (None, "the NoneType None"),
+    ],
+)
+def test_one_prompt_is_not_taken_for_many(client, server, prompts, named, on_error):
+    """`generate_batch("Once upon")` would otherwise be nine requests, one for each letter."""
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate_batch(prompts, on_error=on_error)
+    assert caught.value.message == (f"prompts must be a list of prompts, got {named}; put a single prompt into a list")
+    assert server.batches == []
+
+
+def test_each_output_has_the_choices_that_its_prompt_asked_for(client, server):
+    """Sampling several answers to many questions is what batches are for."""
+    one, three = client.generate_batch(["a", {"prompt": "b", "n": 3}])
+
+    assert one.choices == (Choice(0, "a", (0,), FinishReason.STOP),)
+    assert three.choices == tuple(Choice(index, "b", (1,), FinishReason.STOP) for index in range(3))
+    assert (three.text, three.token_ids, three.finish_reason) == ("b", (1,), "stop")
+    assert three.usage.cached_prompt_token_count == 4
+
+
+def test_an_output_without_all_choices_is_an_error(client, server):
+    """A server from before there were choices answers with one; the caller divides by `n`."""
+
+    def with_two_choices(messages):
+        output = answered(messages[0])
+        del output.output.choices[2:]
+        return [output]
+
+    server.batch_scripts.append(with_two_choices)
+    with pytest.raises(ServerError, match=r"answered with 2 choices, but the request has n=3"):
+        client.generate_batch(["a"], n=3)
 
 
 def test_returns_errors_in_the_place_of_outputs_when_asked(client, server):
@@ -114,7 +182,7 @@ def test_returns_errors_in_the_place_of_outputs_when_asked(client, server):
     assert type(outcomes[0]) is ServerError
     assert outcomes[1].text == "b"
     assert type(outcomes[2]) is InvalidRequest
-    assert outcomes[2].message.startswith("prompts[2]: prompt has the lone surrogate")
+    assert outcomes[2].message.startswith("prompt has the lone surrogate")
     assert progress == [(1, 3), (2, 3), (3, 3)]
 
 

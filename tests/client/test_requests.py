@@ -1,5 +1,6 @@
 """What goes over the wire, and what is refused before it does."""
 
+import inspect
 import math
 import re
 import subprocess
@@ -11,6 +12,9 @@ import pytest
 import paceline
 from paceline import InvalidRequest, Model
 from paceline._calls import traceparent
+from paceline._requests import generate_request
+from paceline.types import Options
+from tests.client.scripted_server import end_of_choice, last
 
 OPTIONS = {
     "max_output_tokens": 16,
@@ -23,16 +27,26 @@ OPTIONS = {
     "stop_token_ids": [4, 5],
     "ignore_eos": True,
 }
+PLACE = {"n": 4, "priority": -7, "tenant": "acme", "cache_salt": "sälz"}  # fields of the request itself
 
 
 def test_sends_every_option(client, server):
     """An option that gets lost on the way changes the answers silently."""
-    client.generate("Say hello", stream=False, request_id="mine", **OPTIONS)
+    server.scripts.append((*[end_of_choice("", choice=index) for index in range(3)], last("", choice=3)))
+    client.generate("Say hello", stream=False, request_id="mine", **OPTIONS, **PLACE)
 
     (request,) = server.requests
     assert (request.text, request.request_id) == ("Say hello", "mine")
     sampling, stopping = request.sampling, request.stopping
     assert {field.name: value for field, value in [*sampling.ListFields(), *stopping.ListFields()]} == OPTIONS
+    assert (request.choice_count, request.priority, request.tenant, request.cache_salt) == tuple(PLACE.values())
+
+
+def test_every_option_is_one_that_is_sent():
+    """The documented options, those that a request takes and those of the test above are the same."""
+    taken = set(inspect.signature(generate_request).parameters) - {"prompt", "messages", "model"}
+
+    assert taken == set(Options.__annotations__) == {*OPTIONS, *PLACE, "request_id"}
 
 
 def test_leaves_unset_what_the_caller_left_out(client, server):
@@ -41,6 +55,14 @@ def test_leaves_unset_what_the_caller_left_out(client, server):
 
     assert not server.requests[0].HasField("sampling")
     assert not server.requests[0].HasField("stopping")
+    assert {field.name for field, _ in server.requests[0].ListFields()} == {"request_id", "text"}
+
+
+def test_leaves_the_count_of_choices_unset_for_one(client, server):
+    """One continuation is what everybody gets; servers from before there were more understand it."""
+    client.generate("Say hello", stream=False, n=1)
+
+    assert server.requests[0].choice_count == 0
 
 
 def test_sends_a_zero_that_the_caller_asked_for(client, server):
@@ -99,6 +121,25 @@ def test_asks_for_the_model_of_the_client(connect, server):
     assert server.requests[0].model == "tiny"
 
 
+def test_speaks_for_the_tenant_of_the_client(connect, server):
+    """A service makes one client for each of its customers; a forgotten argument must not mix them."""
+    client = connect(tenant="acme", cache_salt="pepper")
+    client.generate("Say hello", stream=False)
+    client.chat("Hi", stream=False, tenant=None)
+    client.generate("Say hello", stream=False, tenant="other", cache_salt="")
+    client.generate_batch(["a", {"prompt": "b", "tenant": "other", "cache_salt": None}])
+
+    batch = [message.request for message in server.batches[0]]
+    sent = [(request.tenant, request.cache_salt) for request in [*server.requests, *batch]]
+    assert sent == [
+        ("acme", "pepper"),
+        ("acme", "pepper"),
+        ("other", ""),
+        ("acme", "pepper"),
+        ("other", "pepper"),
+    ]
+
+
 def test_gives_each_request_an_id_of_its_own(client, server):
     """Errors, logs and `cancel` need it, also when the server never answered."""
     ids = {client.generate("Say hello").request_id for _ in range(3)}
@@ -128,6 +169,13 @@ def test_gives_each_request_an_id_of_its_own(client, server):
         ({"stop": 3}, "stop must be a sequence of texts, got 3"),
         ({"stop_token_ids": [-1]}, r"stop_token_ids\[0\] must be an integer from 0 to 4294967295, got -1"),
         ({"request_id": 7}, "request_id must be a str, got 7"),
+        ({"n": 0}, "n must be a whole number of choices, at least 1, got 0"),
+        ({"n": 2**32}, "n must be a whole number of choices, at least 1, got 4294967296"),
+        ({"n": 1.5}, "n must be a whole number of choices, at least 1, got 1.5"),
+        ({"priority": 2**31}, "priority must be an integer from -2147483648 to 2147483647, got 2147483648"),
+        ({"priority": "high"}, "priority must be an integer from -2147483648 to 2147483647, got 'high'"),
+        ({"tenant": 0}, "tenant must be a str, got 0"),
+        ({"cache_salt": b"pepper"}, "cache_salt must be a str, got b'pepper'"),
     ],
 )
 def test_refuses_what_no_message_can_carry(client, server, arguments, message):

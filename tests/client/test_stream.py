@@ -9,11 +9,22 @@ import threading
 import grpc
 import pytest
 
-from paceline import AsyncClient, Cancelled, Chunk, Client, FinishReason, Output, ServerError, Unavailable, Usage
+from paceline import (
+    AsyncClient,
+    Cancelled,
+    Choice,
+    Chunk,
+    Client,
+    FinishReason,
+    Output,
+    ServerError,
+    Unavailable,
+    Usage,
+)
 from paceline.v1 import inference_pb2 as pb
 from tests.client.scripted_server import ACCEPTED, HELLO, UNAVAILABLE, Fail, ScriptedServer, Wait, last, tokens
 
-USAGE = Usage(5, 2, 10, 20, 30, 0)
+USAGE = Usage(5, 2, 10, 20, 30, 0, 4)
 
 
 def test_gives_a_chunk_before_the_next_one_exists(client, server):
@@ -37,8 +48,10 @@ def test_has_the_whole_output_after_the_last_chunk(client, server):
     for _ in stream:
         pass
 
-    assert stream.output == Output("mine", "Hello", (7, 8), FinishReason.LENGTH, USAGE)
+    hello = Choice(0, "Hello", (7, 8), FinishReason.LENGTH)
+    assert stream.output == Output("mine", "Hello", (7, 8), FinishReason.LENGTH, USAGE, (hello,))
     assert stream.text == "Hello"
+    assert stream.texts == ("Hello",)
 
 
 def test_has_no_output_before_the_last_chunk(client, server):

@@ -23,22 +23,27 @@ def serving_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return make
 
 
+def load_folder(folder: Path, **settings: Any) -> TorchRunner:
+    """Load a small runner of a serving folder; keyword arguments change its settings."""
+    small = {
+        "model": str(folder),
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "block_size": 4,
+        "cache_memory_bytes": 4 << 20,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+    }
+    return TorchRunner.load(ExecutorConfig(**(small | settings)), lambda phase, fraction: None)
+
+
 @pytest.fixture(scope="session")
 def load_runner(serving_folder: Callable[[str], Path]) -> Callable[..., TorchRunner]:
     """Load a small runner of an architecture; keyword arguments change its settings."""
 
     def load(architecture: str, **settings: Any) -> TorchRunner:
-        small = {
-            "model": str(serving_folder(architecture)),
-            "device": "cpu",
-            "dtype": "float32",
-            "threads": 1,
-            "block_size": 4,
-            "cache_memory_bytes": 4 << 20,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 64,
-        }
-        return TorchRunner.load(ExecutorConfig(**(small | settings)), lambda phase, fraction: None)
+        return load_folder(serving_folder(architecture), **settings)
 
     return load
 

@@ -1,6 +1,6 @@
 """The portable attention backend against a plain float64 computation of the same rule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from executor_svc.attention import layout as layout_module
 from executor_svc.attention.backend import ScoreRule
-from executor_svc.attention.layout import StepLayout, Visibility, group_by_length
+from executor_svc.attention.layout import KeySource, StepLayout, split_by_length
 from executor_svc.attention.torch_backend import TorchAttention
+from executor_svc.batch import NO_BLOCK, LayerGroup
+from executor_svc.layer_groups import FULL, Visibility
 
 BLOCK_SIZE = 4
-FULL = Visibility()
 
 
 @dataclass(frozen=True)
@@ -30,65 +31,81 @@ class Case:
     visibility: Visibility = FULL
     softcap: float = 0.0
     has_sinks: bool = False
-    group_token_limit: int = 1 << 20
+    decode_token_limit: int = 1 << 20
+    key_stride: int = BLOCK_SIZE  # from block to block: longer where a block has room for other layers too
+    value_stride: int = BLOCK_SIZE
+    gathered: bool = False  # the model is handed all keys end to end, as one that expands them needs
+    stale_entry: int = NO_BLOCK  # of the block tables, behind what is seen
 
 
 def attend(case: Case, dtype: torch.dtype = torch.float32, poison: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the backend computes and what it should, `[tokens, heads, dim]`; unowned slots hold `poison`."""
-    draw = np.random.default_rng(3)
+    """What the backend computes and what it should, `[tokens, heads, dim]`; slots that nobody sees hold `poison`."""
     query_lengths, context_lengths = np.array(case.query_lengths), np.array(case.context_lengths)
-    block_counts = -(-context_lengths // BLOCK_SIZE)
-    # Block 0 belongs to nobody: padding of the tables points at it.
-    block_ids = draw.permutation(np.arange(1, block_counts.sum() + 1))
-    tables = np.zeros((len(query_lengths), block_counts.max() + 2), dtype=np.int32)
-    for row, ids in enumerate(np.split(block_ids, np.cumsum(block_counts)[:-1])):
-        tables[row, : len(ids)] = ids
-    padding_slot = (len(block_ids) + 1) * BLOCK_SIZE
-    keys = torch.from_numpy(draw.normal(size=(padding_slot + 1, case.key_heads, case.key_dim)))
-    values = torch.from_numpy(draw.normal(size=(padding_slot + 1, case.key_heads, case.value_dim)))
+    tables = scattered_tables(context_lengths)
+    padding_block = int(tables.max()) + 1
+    draw = np.random.default_rng(4)
     head_count = case.key_heads * case.group_size
-    query = torch.from_numpy(draw.normal(size=(head_count, query_lengths.sum(), case.key_dim)))
-    sinks = torch.from_numpy(draw.normal(size=head_count)) if case.has_sinks else None
-    keys, values, query = (tensor.to(dtype) for tensor in (keys, values, query))
-    owned = np.concatenate(
-        [
-            tables[row, np.arange(count) // BLOCK_SIZE] * BLOCK_SIZE + np.arange(count) % BLOCK_SIZE
-            for row, count in enumerate(context_lengths)
-        ]
-    )
+    keys = draw.normal(size=((padding_block + 1) * case.key_stride, case.key_heads, case.key_dim))
+    values = draw.normal(size=((padding_block + 1) * case.value_stride, case.key_heads, case.value_dim))
+    query = draw.normal(size=(head_count, query_lengths.sum(), case.key_dim))
+    sinks = torch.from_numpy(draw.normal(size=head_count)).to(dtype) if case.has_sinks else None
+    first_seen = case.visibility.first_key(context_lengths - query_lengths)
+    key_slots = slots_of_rows(tables, context_lengths, case.key_stride)
+    value_slots = slots_of_rows(tables, context_lengths, case.value_stride)
     if poison:
-        unowned = np.setdiff1d(np.arange(padding_slot), owned)
-        keys[unowned], values[unowned] = poison, poison
+        for array, slots in ((keys, key_slots), (values, value_slots)):
+            seen = np.concatenate([row[first:] for row, first in zip(slots, first_seen, strict=True)])
+            array[np.setdiff1d(np.arange(len(array) * padding_block // (padding_block + 1)), seen)] = poison
+    keys, values, query = (torch.from_numpy(array).to(dtype) for array in (keys, values, query))
+    expected = naive(case, query.double(), keys.double(), values.double(), (key_slots, value_slots), sinks)
     layout = StepLayout(
         query_lengths,
         context_lengths,
-        tables,
-        block_size=BLOCK_SIZE,
-        padding_slot=padding_slot,
-        group_token_limit=case.group_token_limit,
-        gathered=False,
+        [np.where(np.arange(tables.shape[1]) < (first_seen // BLOCK_SIZE)[:, None], case.stale_entry, tables)],
+        groups=[LayerGroup(BLOCK_SIZE, case.visibility.window, case.visibility.chunk)],
+        padding_block=padding_block,
+        decode_token_limit=case.decode_token_limit,
+        gathered=case.gathered,
         device=torch.device("cpu"),
     )
+    source = KeySource(0, case.visibility, case.key_heads, case.key_stride, case.value_stride)
+    if case.gathered:
+        keys, values = keys[layout.read_slots(0, case.key_stride)], values[layout.read_slots(0, case.value_stride)]
+        source = KeySource(0, case.visibility, case.key_heads)
+        assert len(keys) == (context_lengths - first_seen).sum() + 1, "more is gathered than is seen"
     rule = ScoreRule(0.3, case.softcap, sinks)
-    backend = TorchAttention()
-    parts = layout.parts(case.visibility, case.key_heads)
+    backend, parts = TorchAttention(), layout.parts(source)
     backend.attend(torch.randn_like(query), keys, values, parts, rule)  # what its scratch memory keeps is no matter
-    actual = backend.attend(query, keys, values, parts, rule)
-    return actual, naive(
-        case, query.double(), keys.double(), values.double(), np.split(owned, np.cumsum(context_lengths)[:-1]), rule
-    )
+    return backend.attend(query, keys, values, parts, rule), expected
 
 
-def naive(case, query, keys, values, owned, rule) -> torch.Tensor:
+def scattered_tables(context_lengths: np.ndarray) -> np.ndarray:
+    """Block tables in no order. Block 0 belongs to nobody: padding of the tables points at it."""
+    block_counts = -(-context_lengths // BLOCK_SIZE)
+    block_ids = np.random.default_rng(3).permutation(np.arange(1, block_counts.sum() + 1))
+    tables = np.zeros((len(context_lengths), block_counts.max() + 2), dtype=np.int32)
+    for row, ids in enumerate(np.split(block_ids, np.cumsum(block_counts)[:-1])):
+        tables[row, : len(ids)] = ids
+    return tables
+
+
+def slots_of_rows(tables: np.ndarray, context_lengths: np.ndarray, stride: int) -> list[np.ndarray]:
+    """The slot of every position, for each row."""
+    return [
+        table[np.arange(count) // BLOCK_SIZE] * stride + np.arange(count) % BLOCK_SIZE
+        for table, count in zip(tables, context_lengths, strict=True)
+    ]
+
+
+def naive(case, query, keys, values, slots, sinks) -> torch.Tensor:
     """One query and one head at a time, by the definition."""
     output, token = [], 0
-    for slots, query_length in zip(owned, case.query_lengths, strict=True):
-        for position in range(len(slots) - query_length, len(slots)):
+    for key_slots, value_slots, query_length in zip(*slots, case.query_lengths, strict=True):
+        for position in range(len(key_slots) - query_length, len(key_slots)):
             visible = [
-                slot
-                for key_position, slot in enumerate(slots.tolist())
-                if key_position <= position
-                and (not case.visibility.window or position - key_position < case.visibility.window)
+                key_position
+                for key_position in range(position + 1)
+                if (not case.visibility.window or position - key_position < case.visibility.window)
                 and (
                     not case.visibility.chunk
                     or position // case.visibility.chunk == key_position // case.visibility.chunk
@@ -96,13 +113,13 @@ def naive(case, query, keys, values, owned, rule) -> torch.Tensor:
             ]
             for head in range(len(query)):
                 key_head = head // case.group_size
-                scores = keys[visible, key_head] @ query[head, token] * rule.scaling
-                if rule.softcap:
-                    scores = torch.tanh(scores / rule.softcap) * rule.softcap
-                if rule.sinks is not None:
-                    scores = torch.cat([scores, rule.sinks[head : head + 1].double()])
+                scores = keys[key_slots[visible], key_head] @ query[head, token] * 0.3
+                if case.softcap:
+                    scores = torch.tanh(scores / case.softcap) * case.softcap
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[head : head + 1].double()])
                 weights = scores.softmax(0)[: len(visible)]
-                output.append(weights @ values[visible, key_head])
+                output.append(weights @ values[value_slots[visible], key_head])
             token += 1
     return torch.stack(output).view(token, len(query), -1)
 
@@ -126,7 +143,12 @@ CASES = {
     "softcap": changed(softcap=0.7),
     "sinks": changed(has_sinks=True),
     "softcap, sinks and window": changed(softcap=0.7, has_sinks=True, visibility=Visibility(window=6)),
-    "groups of two short rows": changed(group_token_limit=16),
+    "parts of two short rows": changed(decode_token_limit=16),
+    "blocks with room for other layers": changed(key_stride=12, value_stride=12, visibility=Visibility(window=6)),
+    "keys and values at other strides": changed(key_stride=8, value_stride=12, value_dim=3),
+    "gathered": changed(gathered=True),
+    "gathered window": changed(gathered=True, visibility=Visibility(window=6), key_stride=8),
+    "gathered chunks": changed(gathered=True, visibility=Visibility(chunk=8), softcap=0.7),
 }
 
 
@@ -147,10 +169,11 @@ def test_prompts_cut_into_parts_compute_the_same(case, monkeypatch):
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stale_entry", [NO_BLOCK, 0, 1])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_never_reads_what_is_not_the_rows_own(case):
-    """Padding and stale blocks may hold anything, even NaN: a broken request must not break its neighbours."""
-    actual, expected = attend(case, poison=float("nan"))
+def test_never_reads_what_is_not_the_rows_own(case, stale_entry):
+    """Padding and blocks that were given back may hold anything, even NaN: nobody may break his neighbours."""
+    actual, expected = attend(replace(case, stale_entry=stale_entry), poison=float("nan"))
 
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
 
@@ -167,33 +190,52 @@ def test_bfloat16_loses_no_more_than_rounding(case):
 @given(
     rows=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 20)), min_size=1, max_size=6),
     window=st.sampled_from([0, 1, 5, 16]),
-    group_token_limit=st.sampled_from([1, 24, 1 << 20]),
+    decode_token_limit=st.sampled_from([1, 24, 1 << 20]),
+    gathered=st.booleans(),
 )
-def test_any_mixture_of_rows_computes_the_rule(rows, window, group_token_limit):
+def test_any_mixture_of_rows_computes_the_rule(rows, window, decode_token_limit, gathered):
     """The scheduler mixes rows freely; no mixture may be special."""
     case = Case(
         query_lengths=tuple(query for query, _ in rows),
         context_lengths=tuple(query + past for query, past in rows),
         visibility=Visibility(window=window),
-        group_token_limit=group_token_limit,
+        decode_token_limit=decode_token_limit,
+        gathered=gathered,
     )
-    actual, expected = attend(case)
+    actual, expected = attend(case, poison=float("nan"))
 
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
 
 
-def test_one_very_long_row_is_a_group_of_its_own():
+def test_one_very_long_row_is_computed_alone():
     """Otherwise every short row would be padded to its length, in memory and in time."""
-    groups = [group.tolist() for group in group_by_length(np.array([100, 9000, 90]), token_limit=1 << 20)]
+    parts = [part.tolist() for part in split_by_length(np.array([100, 9000, 90]), token_limit=1 << 20)]
 
-    assert groups == [[1], [0, 2]]
+    assert parts == [[1], [0, 2]]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 5000), max_size=40), token_limit=st.integers(1, 20_000))
-def test_groups_hold_every_row_once_within_the_limit(lengths, token_limit):
+def test_parts_hold_every_row_once_within_the_limit(lengths, token_limit):
     """The limit is what keeps decode attention inside its scratch memory."""
-    groups = list(group_by_length(np.array(lengths, dtype=np.int64), token_limit))
+    parts = list(split_by_length(np.array(lengths, dtype=np.int64), token_limit))
 
-    assert sorted(row for group in groups for row in group.tolist()) == list(range(len(lengths)))
-    assert all(len(group) == 1 or max(lengths[row] for row in group) * len(group) <= token_limit for group in groups)
+    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(lengths)))
+    assert all(len(part) == 1 or max(lengths[row] for row in part) * len(part) <= token_limit for part in parts)
+
+
+def test_a_step_that_writes_where_it_has_no_block_is_a_bug_that_shows():
+    """A negative block would count from the end of the pool, where another request's tokens are."""
+    layout = StepLayout(
+        np.array([1]),
+        np.array([6]),
+        [np.array([[3, NO_BLOCK]], dtype=np.int32)],
+        groups=[LayerGroup(BLOCK_SIZE)],
+        padding_block=9,
+        decode_token_limit=1,
+        gathered=False,
+        device=torch.device("cpu"),
+    )
+
+    with pytest.raises(AssertionError, match="without a block"):
+        layout.write_slots(0, BLOCK_SIZE)

@@ -157,7 +157,7 @@ def test_a_dead_device_ends_the_process_instead_of_failing_requests(executor, ru
         (pb.Plan(step=1, dropped_slots=u16(3)), "slot 3 is dropped but is empty"),
         (pb.Plan(step=1, dropped_slots=u16(4)), "slot 4 is dropped, but there are 4"),
         (pb.Plan(step=1, paused_slots=u16(0)), "slot 0 is paused but is empty"),
-        (pb.Plan(step=1, new_requests=[start(0, [1], [8])]), "block 8 is given away, but there are 8"),
+        (pb.Plan(step=1, new_requests=[start(0, [1], [8])]), r"blocks \[8\] are given away, but there are 8"),
         (pb.Plan(step=1, new_requests=[start(0, [1], [0])] * 2), "slot 0 is started but is taken"),
         (pb.Plan(step=1, sampling_row_count=1), "samples 1 rows by the scheduler's count, 0 by the executor's"),
         (first_plan(start(0, [1, 2, 3, 4, 5], [0])), "slot 0 computes up to token 5 but has 1 blocks"),

@@ -30,6 +30,7 @@ def batch(count: int, **columns) -> SamplingBatch:
         "top_p": (1.0, np.float32),
         "min_p": (0.0, np.float32),
         "seed": (11, np.uint64),
+        "choice": (0, np.int64),
         "output_index": (0, np.int64),
     }
     filled = {
@@ -68,6 +69,7 @@ ROW = st.fixed_dictionaries(
         "top_p": st.sampled_from([1.0, 0.95, 0.5, 0.01]),
         "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
         "seed": st.integers(0, 2**64 - 1),
+        "choice": st.sampled_from([0, 0, 1, 7]),
         "output_index": st.integers(0, 100_000),
     }
 )
@@ -96,12 +98,30 @@ def test_rows_drawn_in_several_chunks_draw_as_one(monkeypatch):
     assert sample(logits, whole).tolist() == together.tolist()
 
 
-def test_seed_output_index_and_token_all_change_the_noise():
-    """A part left out of the key would repeat noise between requests, steps or tokens."""
-    keys = row_keys(np.array([1, 2, 1, 2], dtype=np.uint64), np.array([0, 0, 1, 1]))
+def test_seed_choice_output_index_and_token_all_change_the_noise():
+    """A part left out of the key would repeat noise between requests, choices, steps or tokens."""
+    seed, choice, output_index = (axis.flatten() for axis in np.meshgrid([1, 2], [0, 1, 2], [0, 1, 2]))
+    keys = row_keys(seed.astype(np.uint64), choice, output_index)
     bits = random_bits(torch.from_numpy(keys), 1000)
 
-    assert len(bits.unique()) == 4000
+    assert len(bits.unique()) == 18_000
+
+
+def test_the_first_choice_draws_as_a_request_without_others():
+    """Asking for one more answer to the same prompt and seed must not change the first: the keys of before choices."""
+    keys = row_keys(np.array([0, 11, 2**64 - 1], dtype=np.uint64), np.zeros(3, dtype=np.int64), np.array([0, 5, 99]))
+
+    assert keys.tolist() == [258863698125685209, -9042449474807182589, 2787498801871102612]
+
+
+def test_choices_of_one_seed_draw_different_texts():
+    """They share prompt and seed; the same text three times would be no choice. Each repeats itself exactly."""
+    logits = random_logits(1)
+    texts = [draw_many(logits, 40, choice=choice).tolist() for choice in range(3)]
+
+    assert [draw_many(logits, 40, choice=choice).tolist() for choice in range(3)] == texts
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert sum(left == right for left, right in zip(texts[one], texts[other], strict=True)) < 15
 
 
 def test_the_hash_is_splitmix64():

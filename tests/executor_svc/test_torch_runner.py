@@ -8,14 +8,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from executor_svc import packed_model
+from executor_svc.batch import NO_BLOCK, LayerGroup
 from executor_svc.config import ExecutorConfig
 from executor_svc.kv_cache import PagedPool
 from executor_svc.model import ModelError, choose_device, choose_dtype, context_length_of
-from executor_svc.packed_model import PackedModel
+from executor_svc.packed_model import PackedModel, UnpackableError
 from executor_svc.torch_runner import StepError, TorchRunner
 from tests import tiny_models
+from tests.executor_svc.conftest import load_folder
 from tests.executor_svc.step_driver import DrivenRequest, drive, step_batch
-from tests.tiny_models import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES, WINDOW
 
 
 def requests(count: int = 4, **sampling) -> list[DrivenRequest]:
@@ -36,8 +39,40 @@ def test_tells_what_the_scheduler_needs_to_know(load_runner, serving_folder):
     assert (info.context_length, info.vocabulary_size) == (512, tiny_models.VOCABULARY_SIZE)
     assert info.end_token_ids == (tiny_models.END_TOKEN_ID,)
     # 3 layers * (keys + values) * 2 heads * 16 * 4 bytes = 768 bytes a token; all slots full: 8 * 512 / 4 blocks.
+    assert info.layer_groups == (LayerGroup(block_size=4, layer_count=3),)
     assert info.block_count == 1024
     assert info.cache_bytes == (1024 + 1) * 4 * 768
+
+
+def test_tells_how_the_layers_of_a_hybrid_model_share_blocks(load_runner):
+    """With these the scheduler knows how many blocks a request needs, and when a block of a window is free again."""
+    runner = load_runner("gemma3_text", max_num_batched_tokens=32)
+    info = runner.info
+
+    assert info.layer_groups == (
+        LayerGroup(block_size=8, layer_count=1),
+        LayerGroup(block_size=4, window=WINDOW, layer_count=2),
+    )
+    # A block is 8 tokens of one layer or 4 of two, 256 bytes a token. Of 8 slots each holds at most 512 / 8 blocks of
+    # the full layer, and a window and two steps of the others, 16 + 2 * 32 tokens, and two more.
+    assert info.block_count == 8 * (64 + 20 + 2)
+    assert info.cache_bytes == (info.block_count + 1) * 8 * 256
+    assert info.cache_bytes == sum(plane.nbytes for plane in runner._pool.planes)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama4_text"])
+def test_a_window_beyond_the_context_limit_is_no_window(load_runner, architecture):
+    """Then all layers see all there is, and share one table: fewer blocks for everybody, and plain prefix reuse."""
+    assert len(load_runner(architecture).info.layer_groups) == 2
+    assert load_runner(architecture, max_model_len=WINDOW).info.layer_groups == (LayerGroup(4, layer_count=3),)
+
+
+def test_refuses_layers_that_keep_different_types(load_runner):
+    """Blocks hold one type; the operator learns that it is the model, not a setting."""
+    key, value = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.float16)
+
+    with pytest.raises(UnpackableError, match="write float16 and float32 to the cache, and blocks hold one type"):
+        packed_model._check_writes([(0, key, key), (1, key, value)])
 
 
 def test_reports_progress_up_to_the_end(serving_folder):
@@ -94,7 +129,7 @@ def test_running_a_step_again_changes_nothing(load_runner):
     """After an error the executor runs halves of the step again over the same blocks."""
     runner = load_runner("llama")
     (request,) = requests(1)
-    request.block_ids = [9, 2, 5]
+    request.block_tables = [[9, 2, 5]]
     batch = step_batch([request], [len(request.prompt_ids)], [True])
     first = runner.run(batch)
     again = runner.run(batch)
@@ -108,15 +143,15 @@ def test_a_step_without_sampling_rows_returns_no_token(load_runner):
     """The middle chunks of a long prompt sample nothing."""
     runner = load_runner("llama")
     (request,) = requests(1)
-    request.block_ids = [9, 2, 5]
+    request.block_tables = [[9, 2, 5]]
 
     assert runner.run(step_batch([request], [4], [False])).token_ids.tolist() == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_models_that_rework_their_keys_pay_for_gathering(load_runner, architecture):
-    """Others read the cache in place; only DeepSeek's attention expands what the cache keeps."""
-    assert load_runner(architecture)._model.traits.gathered == (architecture == "deepseek_v3")
+    """Others read the cache in place; only these expand what the cache keeps, or attend to parts of it."""
+    assert load_runner(architecture)._model.traits.gathered == (architecture in ("deepseek_v3", "diffllama"))
 
 
 def test_two_models_take_turns_in_one_thread(load_runner):
@@ -157,7 +192,7 @@ def test_a_broken_request_is_named_and_harms_nobody(load_runner, monkeypatch):
     """NaN in one request's cache stays there: its neighbour reads other blocks, and padding reads none."""
     runner = load_runner("llama")
     good, bad = requests(2)
-    good.block_ids, bad.block_ids = [1, 2, 3], [0, 4, 5, 6]  # padding of block tables points at block 0
+    good.block_tables, bad.block_tables = [[1, 2, 3]], [[0, 4, 5, 6]]  # padding of block tables points at block 0
     together = step_batch([good, bad], [6, 11], [True, True])
     expected = runner.run(together).token_ids[0]
     good.computed_count, bad.computed_count = 5, 10  # the last token once more, as a decode
@@ -198,10 +233,26 @@ def test_loads_and_runs_in_half_precision(load_runner, architecture, dtype):
 def test_refuses_a_model_whose_packed_logits_differ(load_runner, architecture, dtype, monkeypatch):
     """The self-test is what stands between a model we compute wrongly and its users."""
     original = PagedPool.keys
-    monkeypatch.setattr(PagedPool, "keys", lambda pool, layer: original(pool, layer if layer else 1))
+    monkeypatch.setattr(PagedPool, "keys", lambda pool, layer: original(pool, layer or 2))
 
     with pytest.raises(ModelError, match=r"ForCausalLM|LMHeadModel"):
         load_runner(architecture, dtype=dtype)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "mistral", "llama4_text"])
+def test_the_self_test_gives_back_what_slides_out_of_a_short_window(architecture, tmp_path, monkeypatch):
+    """A model that looks further back than it says is then refused, not served with other requests' keys."""
+    seen = []
+    original = PackedModel.layout
+
+    def spy(self, query_lengths, context_lengths, block_tables, pool):
+        seen.extend(block_tables)
+        return original(self, query_lengths, context_lengths, block_tables, pool)
+
+    monkeypatch.setattr(PackedModel, "layout", spy)
+    load_folder(tiny_models.save_serving_folder(architecture, tmp_path, sliding_window=4, attention_chunk_size=4))
+
+    assert any((table == NO_BLOCK).any() for table in seen)
 
 
 REFUSED = {
@@ -259,6 +310,15 @@ def test_refuses_settings_that_the_model_or_the_machine_cannot_have(load_runner,
     """An operator learns at start what to change, not from failing requests."""
     with pytest.raises(ModelError, match=message):
         load_runner("llama", **settings)
+
+
+def test_refuses_a_cache_without_a_block_for_each_layer_group(load_runner):
+    """A request needs one in every group; with fewer the executor would join and compute nothing."""
+    message = "a block of 4 or 8 tokens takes 2048 bytes, each of the 2 layer groups needs one"
+    with pytest.raises(ModelError, match=message):
+        load_runner("gemma3_text", cache_memory_bytes=3 * 2048 - 1)
+
+    assert load_runner("gemma3_text", cache_memory_bytes=3 * 2048).info.block_count == 2
 
 
 def test_max_model_len_shortens_the_context(load_runner):
@@ -336,7 +396,7 @@ def test_output_is_int64_on_the_host(load_runner):
     """The stream packs tokens from numpy; a device tensor would surprise it."""
     runner = load_runner("llama")
     (request,) = requests(1)
-    request.block_ids = [1, 2]
+    request.block_tables = [[1, 2]]
     output = runner.run(step_batch([request], [6], [True]))
 
     assert isinstance(output.token_ids, np.ndarray)

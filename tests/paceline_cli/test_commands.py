@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def test_the_help_lists_the_exit_codes():
 
     assert result.exit_code == ExitCode.OK
     assert "Exit codes" in result.output
+
+
+def test_the_release_needs_no_verb():
+    """The first line of every report of a mistake."""
+    result = paceline("--version")
+
+    assert result.exit_code == ExitCode.OK
+    assert re.fullmatch(r"paceline \S+\n", result.output)
+
+
+def test_a_log_level_that_is_none_is_refused_before_anything_starts():
+    """Otherwise the children die of it, which looks like a failure of the server."""
+    result = paceline("serve", "fake", "--log-level", "loud")
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "'loud'" in result.output
+    assert "Starting" not in result.output
 
 
 def test_the_command_starts_without_the_heavy_libraries():

@@ -107,6 +107,6 @@ def test_settings_that_contradict_each_other_end_it_at_once(tmp_path):
     """Restarting an executor that refuses its settings would hide the reason."""
     refused = Served(tmp_path / "printed", "--max-num-seqs", "64", "--max-num-batched-tokens", "8")
 
-    assert refused.process.wait(60) == 1
+    assert refused.process.wait(60) == 2
     assert "max num batched tokens is 8 but max num seqs is 64" in refused.printed
     assert "starting it again" not in refused.printed

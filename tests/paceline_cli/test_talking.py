@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -13,22 +13,29 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import paceline
-from paceline import FinishReason, InvalidRequest, Output, Unavailable, Usage
+from paceline import Choice, Chunk, FinishReason, InvalidRequest, Output, Unavailable, Usage
 from paceline_cli.batch import read_prompts
 from paceline_cli.chat import Conversation
 from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.main import app
+from paceline_cli.terminal import print_error, usage_line
 
 
 class FakeStream:
-    """Streams the words of an answer; `interrupt_after` of them the user presses Ctrl-C."""
+    """Streams the words of its choices, last choice first; `interrupt_after` words the user presses Ctrl-C."""
 
-    def __init__(self, text: str, interrupt_after: int | None = None) -> None:
-        self._words = [word + " " for word in text.split()]
+    def __init__(self, *texts: str, interrupt_after: int | None = None, cached_count: int = 0) -> None:
+        self._words = [[word + " " for word in text.split()] for text in texts]
         self._interrupt_after = interrupt_after
         self.was_left = False
-        usage = Usage(3, len(self._words), 0, 0, 0, 0)
-        self.output = Output("r-1", "".join(self._words), tuple(range(len(self._words))), FinishReason.STOP, usage)
+        self.texts = tuple("".join(words) for words in self._words)
+        choices = tuple(
+            Choice(index, "".join(words), tuple(range(len(words))), FinishReason.STOP)
+            for index, words in enumerate(self._words)
+        )
+        usage = Usage(3, sum(map(len, self._words)), 0, 0, 0, 0, cached_count)
+        first = choices[0]
+        self.output = Output("r-1", first.text, first.token_ids, first.finish_reason, usage, choices)
 
     def __enter__(self) -> FakeStream:
         return self
@@ -37,10 +44,12 @@ class FakeStream:
         self.was_left = True
 
     def __iter__(self) -> Any:
-        for index, word in enumerate(self._words):
-            if index == self._interrupt_after:
-                raise KeyboardInterrupt
-            yield SimpleNamespace(text=word)
+        for choice, words in reversed(list(enumerate(self._words))):
+            for index, word in enumerate(words):
+                if index == self._interrupt_after:
+                    raise KeyboardInterrupt
+                is_last = index == len(words) - 1
+                yield Chunk(word, (index,), FinishReason.STOP if is_last else None, choice=choice)
 
 
 class FakeClient:
@@ -169,12 +178,56 @@ def test_generate_prints_the_continuation_and_nothing_else(words, monkeypatch):
     client = FakeClient(FakeStream("Paris of course"))
     monkeypatch.setattr(paceline, "Client", lambda server: client)
 
-    result = CliRunner().invoke(app, ["generate", "-", "-n", "4", "--stop", "x", *words], input="The capital")
+    result = CliRunner().invoke(app, ["generate", "-", "--max-tokens", "4", "--stop", "x", *words], input="The capital")
 
     assert result.exit_code == ExitCode.OK, result.output
     assert result.stdout == "Paris of course \n"
     assert client.asked == [list("The capital")]
     assert client.settings == {"max_output_tokens": 4, "stop": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ([], "── 2 of 2 ──\nLyon maybe \n── 1 of 2 ──\nParis of course \n"),
+        (["--no-stream"], "── 1 of 2 ──\nParis of course \n── 2 of 2 ──\nLyon maybe \n"),
+    ],
+)
+def test_generate_prints_every_continuation_under_its_heading(words, printed, monkeypatch):
+    """Their pieces come mixed, so each is printed whole: when it has ended, or in order."""
+    client = FakeClient(FakeStream("Paris of course", "Lyon maybe"))
+    monkeypatch.setattr(paceline, "Client", lambda server: client)
+
+    result = CliRunner().invoke(app, ["generate", "The capital", "--n", "2", "--max-tokens", "4", *words])
+
+    assert result.exit_code == ExitCode.OK, result.output
+    assert result.stdout == printed
+    assert client.settings == {"n": 2, "max_output_tokens": 4}
+
+
+def test_generate_says_for_whom_and_how_urgently(monkeypatch):
+    """A priority of 0 that somebody asked for is sent as well."""
+    client = FakeClient(FakeStream("Paris"))
+    monkeypatch.setattr(paceline, "Client", lambda server: client)
+    words = ["--priority", "0", "--tenant", "acme", "--cache-salt", "pepper"]
+
+    assert CliRunner().invoke(app, ["generate", "The capital", *words]).exit_code == ExitCode.OK
+    assert client.settings == {"priority": 0, "tenant": "acme", "cache_salt": "pepper"}
+
+
+def test_the_usage_counts_all_continuations_and_what_was_cached():
+    """What is paid for is what all of them took; what was cached explains a first token that came early."""
+    two, one = FakeStream("Paris of course", "Lyon", cached_count=2), FakeStream("Paris")
+
+    assert usage_line(two.output, 2.0) == "[dim]3 (2 cached) + 4 tokens · 2 tokens/s · stop[/]"
+    assert usage_line(one.output, 2.0) == "[dim]3 + 1 tokens · 0 tokens/s · stop[/]"
+
+
+def test_errors_are_printed_as_they_are(capsys):
+    """A model that is called `:smile:` or `[red]` is named so in the error about it."""
+    print_error(CommandError("no model ':smile:' in [red]", "try ':heart:'"))
+
+    assert capsys.readouterr().err == "error: no model ':smile:' in [red]\n  → try ':heart:'\n"
 
 
 def test_an_interrupted_answer_leaves_with_130(monkeypatch):
@@ -201,7 +254,60 @@ def test_a_batch_writes_an_answer_or_an_error_for_every_prompt(tmp_path, monkeyp
     assert client.asked == [{"prompt": "Once"}, "Twice"]
     assert result.exit_code == ExitCode.REFUSED
     assert "1 of 2 prompts failed" in result.stderr
+    assert "1 answers, 1 tokens in" in result.stderr
     assert "tokens/s" in result.stderr
+
+
+def test_a_batch_writes_every_continuation_of_a_prompt(tmp_path, monkeypatch):
+    """The place of each is its number, also for prompts that ask for their own count."""
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": "Once", "n": 2, "tenant": "acme", "priority": 3, "cache_salt": "x"}\n"Twice"\n')
+    client = FakeClient(FakeStream("upon", "ago"), FakeStream("thrice"))
+    monkeypatch.setattr(paceline, "Client", lambda server: client)
+
+    result = CliRunner().invoke(app, ["generate", "-i", str(prompts)])
+
+    two, one = (json.loads(line) for line in result.stdout.splitlines())
+    assert client.asked[0] == {"prompt": "Once", "n": 2, "tenant": "acme", "priority": 3, "cache_salt": "x"}
+    assert [choice["text"] for choice in two["choices"]] == ["upon ", "ago "]
+    assert {choice["finish_reason"] for choice in two["choices"]} == {"stop"}
+    assert two["text"] == "upon "
+    assert "choices" not in one
+    assert "2 answers, 3 tokens" in result.stderr
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_sent(tmp_path, monkeypatch):
+    """Finding out afterwards would cost every answer of a batch that took hours."""
+    prompts = tmp_path / "in.txt"
+    prompts.write_text("Once\n")
+    client = FakeClient(FakeStream("upon"))
+    monkeypatch.setattr(paceline, "Client", lambda server: client)
+
+    result = CliRunner().invoke(app, ["generate", "-i", str(prompts), "-o", str(tmp_path / "nowhere" / "out.jsonl")])
+
+    assert result.exit_code == ExitCode.USAGE
+    assert "out.jsonl: No such file or directory" in result.stderr
+    assert "--output" in result.stderr
+    assert client.asked == []
+
+
+def test_earlier_answers_stay_until_there_are_new_ones(tmp_path, monkeypatch):
+    """A batch that is interrupted leaves what the one before it wrote; one that ends replaces all of it."""
+    prompts, answers = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Once\n")
+    answers.write_text("earlier answers\n")
+    client = FakeClient(FakeStream("upon"))
+    monkeypatch.setattr(paceline, "Client", lambda server: client)
+    words = ["generate", "-i", str(prompts), "-o", str(answers)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "generate_batch", Mock(side_effect=KeyboardInterrupt))
+        assert CliRunner().invoke(app, words).exit_code == ExitCode.INTERRUPTED
+    kept = answers.read_text()
+    assert CliRunner().invoke(app, words).exit_code == ExitCode.OK
+
+    assert kept == "earlier answers\n"
+    assert json.loads(answers.read_text())["text"] == "upon "
 
 
 def test_prompts_are_read_from_text_and_json(tmp_path):

@@ -152,25 +152,27 @@ Global___ExecutorModel: _TypeAlias = ExecutorModel  # noqa: Y015
 class ExecutorCapacity(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    LAYER_GROUPS_FIELD_NUMBER: _builtins.int
     BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     SLOT_COUNT_FIELD_NUMBER: _builtins.int
     STEP_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
-    block_size: _builtins.int
-    """Tokens of one block, a power of two."""
     block_count: _builtins.int
-    """Blocks in the cache."""
+    """Blocks in the cache. Any of them serves any layer group."""
     slot_count: _builtins.int
     """Requests that may hold a slot at once, at most 65535."""
     step_token_count: _builtins.int
     """Tokens that one step may compute, at least `slot_count`."""
     cache_bytes: _builtins.int
     """Bytes of the cache, for people."""
+    @_builtins.property
+    def layer_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerGroup]:
+        """Kinds of layers, each with a block table of its own for every request. At least one, at most 255."""
+
     def __init__(
         self,
         *,
-        block_size: _builtins.int = ...,
+        layer_groups: _abc.Iterable[Global___LayerGroup] | None = ...,
         block_count: _builtins.int = ...,
         slot_count: _builtins.int = ...,
         step_token_count: _builtins.int = ...,
@@ -178,11 +180,51 @@ class ExecutorCapacity(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_size", b"block_size", "cache_bytes", b"cache_bytes", "slot_count", b"slot_count", "step_token_count", b"step_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "cache_bytes", b"cache_bytes", "layer_groups", b"layer_groups", "slot_count", b"slot_count", "step_token_count", b"step_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecutorCapacity: _TypeAlias = ExecutorCapacity  # noqa: Y015
+
+@_typing.final
+class LayerGroup(_message.Message):
+    """The layers of a model that see the same earlier positions, and so share one block table for each request.
+
+    A block takes the same memory whichever group holds it, so a free block serves every group; of a group with fewer
+    layers it holds more tokens.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    LAYER_COUNT_FIELD_NUMBER: _builtins.int
+    block_size: _builtins.int
+    """Tokens of one block of this group, at least 1."""
+    window: _builtins.int
+    """A position sees the last `window` positions, its own included; blocks that no later position sees are given back.
+    0: all positions.
+    """
+    chunk: _builtins.int
+    """A position sees only positions of its own chunk of this many. 0: no such limit."""
+    layer_count: _builtins.int
+    """Layers in this group, for people."""
+    def __init__(
+        self,
+        *,
+        block_size: _builtins.int = ...,
+        window: _builtins.int = ...,
+        chunk: _builtins.int = ...,
+        layer_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "chunk", b"chunk", "layer_count", b"layer_count", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerGroup: _TypeAlias = LayerGroup  # noqa: Y015
 
 @_typing.final
 class JoinResponse(_message.Message):
@@ -262,6 +304,9 @@ class Executor(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     STEP_US_FIELD_NUMBER: _builtins.int
     IDLE_SHARE_FIELD_NUMBER: _builtins.int
+    REUSABLE_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    KNOWN_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    REUSED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     incarnation: _builtins.int
     address: _builtins.str
@@ -269,7 +314,7 @@ class Executor(_message.Message):
     running_request_count: _builtins.int
     """Requests placed on it."""
     free_block_count: _builtins.int
-    """Blocks that no request holds."""
+    """Blocks that no request holds, those of `reusable_block_count` included."""
     step: _builtins.int
     """Number of the last step whose result has arrived."""
     step_us: _builtins.int
@@ -278,6 +323,12 @@ class Executor(_message.Message):
     """Share of the time since it was attached, 0 to 1, in which it had requests to go on with and no plan: what the
     split costs. Time without any work does not count.
     """
+    reusable_block_count: _builtins.int
+    """Free blocks whose keys and values are kept for requests that begin with the same tokens, until the space is needed."""
+    known_token_count: _builtins.int
+    """Tokens of all requests placed on it since it was attached that had to be in the cache before their next token."""
+    reused_token_count: _builtins.int
+    """How many of `known_token_count` were in the cache already and not computed."""
     @_builtins.property
     def model(self) -> Global___ExecutorModel: ...
     @_builtins.property
@@ -296,10 +347,13 @@ class Executor(_message.Message):
         step: _builtins.int = ...,
         step_us: _builtins.int = ...,
         idle_share: _builtins.float = ...,
+        reusable_block_count: _builtins.int = ...,
+        known_token_count: _builtins.int = ...,
+        reused_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "executor_id", b"executor_id", "free_block_count", b"free_block_count", "idle_share", b"idle_share", "incarnation", b"incarnation", "model", b"model", "running_request_count", b"running_request_count", "state", b"state", "step", b"step", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "executor_id", b"executor_id", "free_block_count", b"free_block_count", "idle_share", b"idle_share", "incarnation", b"incarnation", "known_token_count", b"known_token_count", "model", b"model", "reusable_block_count", b"reusable_block_count", "reused_token_count", b"reused_token_count", "running_request_count", b"running_request_count", "state", b"state", "step", b"step", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

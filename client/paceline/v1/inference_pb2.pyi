@@ -57,6 +57,10 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
+    CHOICE_COUNT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id by which the request is cancelled and found in logs and traces: 1 to 128 printable ASCII characters without
     spaces, unique among running requests. Unset: the scheduler makes one.
@@ -65,6 +69,22 @@ class GenerateRequest(_message.Message):
     """Name of the model as `GetModel` gives it. Unset: the model served here."""
     text: _builtins.str
     """Plain text, tokenized as it is with the special tokens that the model's tokenizer adds. At least one token."""
+    choice_count: _builtins.int
+    """Continuations to generate, 1 to 64. Unset: 1. The prompt is computed once for all of them. Each draws its tokens
+    for itself; greedy ones are equal.
+    """
+    priority: _builtins.int
+    """How urgent the request is among others, -1000 to 1000; the larger goes first. Only where the server runs the
+    policy `priority`; others ignore it. Unset: 0.
+    """
+    tenant: _builtins.str
+    """On whose behalf it runs, at most 128 printable ASCII characters without spaces. Where the server runs the policy
+    `fair`, tenants with work waiting get equal service; others ignore it. Unset: all such requests are one tenant.
+    """
+    cache_salt: _builtins.str
+    """Requests reuse what others with the same beginning have computed only if their salts are equal, so that nobody can
+    find out by timing what other tenants ask. At most 256 bytes of UTF-8. Unset: shared with all requests without.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -91,10 +111,14 @@ class GenerateRequest(_message.Message):
         chat: Global___ChatMessages | None = ...,
         sampling: _sampling_pb2.SamplingParams | None = ...,
         stopping: _sampling_pb2.StopConditions | None = ...,
+        choice_count: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "choice_count", b"choice_count", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -184,6 +208,7 @@ class GenerateResponse(_message.Message):
     TEXT_LENGTH_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request. Set in the first message only."""
     prompt_token_count: _builtins.int
@@ -193,11 +218,15 @@ class GenerateResponse(_message.Message):
     token_ids: _builtins.bytes
     """New tokens since the message before, little-endian uint32. Includes the token that ended the request."""
     output_token_count: _builtins.int
-    """Tokens delivered up to and including this message: the position after which a reader that was cut off goes on."""
+    """Tokens of this choice delivered up to and including this message: the position after which a reader that was cut
+    off goes on.
+    """
     text_length: _builtins.int
-    """Unicode code points of text delivered up to and including this message."""
+    """Unicode code points of this choice's text delivered up to and including this message."""
     finish_reason: Global___FinishReason.ValueType
-    """Why the request ended. Set in the last message only."""
+    """Why the choice ended. Set in the last message of each choice only."""
+    choice: _builtins.int
+    """Which continuation this is a piece of, from 0. Pieces of different choices come in any order."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Token counts and times of the whole request. Set in the last message only."""
@@ -213,10 +242,11 @@ class GenerateResponse(_message.Message):
         text_length: _builtins.int = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "request_id", b"request_id", "text", b"text", "text_length", b"text_length", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "request_id", b"request_id", "text", b"text", "text_length", b"text_length", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,10 +264,11 @@ class Usage(_message.Message):
     FIRST_TOKEN_US_FIELD_NUMBER: _builtins.int
     TOTAL_US_FIELD_NUMBER: _builtins.int
     RECOMPUTATION_COUNT_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     prompt_token_count: _builtins.int
     """Tokens of the prompt."""
     output_token_count: _builtins.int
-    """Tokens generated."""
+    """Tokens generated, of all choices together."""
     queue_us: _builtins.int
     """Microseconds from acceptance until an executor took the request."""
     first_token_us: _builtins.int
@@ -246,6 +277,10 @@ class Usage(_message.Message):
     """Microseconds from acceptance until the end."""
     recomputation_count: _builtins.int
     """Times the request gave its blocks back, or lost its executor, and was computed again."""
+    cached_prompt_token_count: _builtins.int
+    """Tokens of the prompt that were in the cache already when the request first ran, and were not computed for it: whole
+    blocks of what others with the same beginning have left. What its own choices share does not count.
+    """
     def __init__(
         self,
         *,
@@ -255,10 +290,11 @@ class Usage(_message.Message):
         first_token_us: _builtins.int = ...,
         total_us: _builtins.int = ...,
         recomputation_count: _builtins.int = ...,
+        cached_prompt_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_us", b"first_token_us", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "queue_us", b"queue_us", "recomputation_count", b"recomputation_count", "total_us", b"total_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_token_count", b"cached_prompt_token_count", "first_token_us", b"first_token_us", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "queue_us", b"queue_us", "recomputation_count", b"recomputation_count", "total_us", b"total_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,34 +367,58 @@ class GenerateOutput(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    text: _builtins.str
-    """All of the text."""
-    token_ids: _builtins.bytes
-    """All tokens, little-endian uint32."""
-    finish_reason: Global___FinishReason.ValueType
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceOutput]:
+        """Its continuations, as many as `GenerateRequest.choice_count` says."""
+
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        text: _builtins.str = ...,
-        token_ids: _builtins.bytes = ...,
-        finish_reason: Global___FinishReason.ValueType = ...,
+        choices: _abc.Iterable[Global___ChoiceOutput] | None = ...,
         usage: Global___Usage | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "request_id", b"request_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateOutput: _TypeAlias = GenerateOutput  # noqa: Y015
+
+@_typing.final
+class ChoiceOutput(_message.Message):
+    """One whole continuation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """All of the text."""
+    token_ids: _builtins.bytes
+    """All tokens, little-endian uint32."""
+    finish_reason: Global___FinishReason.ValueType
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _builtins.bytes = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChoiceOutput: _TypeAlias = ChoiceOutput  # noqa: Y015
 
 @_typing.final
 class RequestError(_message.Message):

@@ -2,44 +2,140 @@
 
 from array import array
 from collections import deque
+from dataclasses import replace
 
+import numpy as np
+
+from executor_svc import batch as executor_batch
 from executor_svc.config import ExecutorConfig
 from executor_svc.executor import Executor
-from executor_svc.fake import FakeRunner, next_token
+from executor_svc.fake import FakeRunner, _mix, next_token
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc import wire
+from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity, Outputs
-from scheduler_svc.core.request import FinishReason, Request, Sampling
+from scheduler_svc.core.request import FinishReason, Request, RequestState, Sampling, with_choices
 from scheduler_svc.core.scheduler import Scheduler
+
+
+def capacity(block_size: int, block_count: int, slot_count: int, step_token_count: int) -> Capacity:
+    """A model whose layers all see everything."""
+    return Capacity((LayerGroup(block_size),), block_count, slot_count, step_token_count)
+
+
+def executor_groups(groups: tuple[LayerGroup, ...]) -> tuple[executor_batch.LayerGroup, ...]:
+    """The layer groups of a capacity, as the executor has them."""
+    return tuple(executor_batch.LayerGroup(group.block_size, group.window, group.chunk) for group in groups)
+
+
+class CheckingRunner(FakeRunner):
+    """A fake model that looks at everything a row sees, whether it samples or not.
+
+    Beside the tokens it keeps where each belongs: layer group, position, and a sum over all tokens up to it. So a block
+    that was given away too early, never written, or taken from another beginning is found when it is read.
+    """
+
+    def __init__(self, config, layer_groups):
+        super().__init__(config, layer_groups)
+        self._places = np.full((*self._cache.shape, 2), -1, dtype=np.int64)  # (layer group, position)
+        self._sums = np.zeros(self._cache.shape, dtype=np.uint64)
+        self.broken_slot = None  # its row fails once, after it has written something
+
+    def run(self, batch):
+        start = 0
+        poisoned = False
+        for row, count in enumerate(batch.query_lengths.tolist()):
+            token_ids = batch.token_ids[start : start + count]
+            start += count
+            poisoned |= self._take_in(batch, row, token_ids)
+        if poisoned:
+            if self.broken_slot in batch.slots and len(batch.slots) == 1:
+                self.broken_slot = None  # the row was found
+            raise ValueError("a row is broken")
+        return super().run(batch)
+
+    def copy_blocks(self, sources, destinations):
+        super().copy_blocks(sources, destinations)
+        self._places[destinations] = self._places[sources]
+        self._sums[destinations] = self._sums[sources]
+
+    def _take_in(self, batch, row, token_ids):
+        end = int(batch.context_lengths[row])
+        start = end - len(token_ids)
+        before = {self._sum_before(batch, row, number, start) for number in range(len(batch.block_tables))}
+        assert len(before) == 1, "layer groups hold different beginnings"
+        positions = np.arange(start, end)
+        sums = np.uint64(before.pop()) + np.cumsum(_terms(token_ids, positions), dtype=np.uint64)
+        garbage = batch.slots[row] == self.broken_slot
+        for number, (group, tables) in enumerate(zip(self.info.layer_groups, batch.block_tables, strict=True)):
+            blocks, offsets = tables[row, positions // group.block_size], positions % group.block_size
+            assert (blocks >= 0).all(), "a token is written to no block"
+            self._places[blocks, offsets] = -7 if garbage else np.stack([np.full(len(blocks), number), positions], 1)
+            self._sums[blocks, offsets] = sums
+        return garbage
+
+    def _sum_before(self, batch, row, number, start):
+        """The sum over all tokens before `start`, after looking at those that are seen from there."""
+        group = self.info.layer_groups[number]
+        first = int(group.first_seen(np.array([start]))[0])
+        if start == 0:
+            return 0
+        first = min(first, start - 1)
+        positions = np.arange(first, start)
+        if group.chunk and start % group.chunk == 0:
+            return self._any_sum(batch, row, start)
+        blocks, offsets = batch.block_tables[number][row, positions // group.block_size], positions % group.block_size
+        places = self._places[blocks, offsets]
+        if group.window == 1:
+            return self._any_sum(batch, row, start)
+        assert (places == np.stack([np.full(len(positions), number), positions], 1)).all(), (
+            "a block holds something else"
+        )
+        sums = self._sums[blocks, offsets]
+        tokens = self._cache[blocks, offsets] - (number << 16)
+        assert (np.diff(sums) == _terms(tokens[1:], positions[1:])).all(), "a token is not what it was computed from"
+        return int(sums[-1])
+
+    def _any_sum(self, batch, row, start):
+        """Nothing is seen in this layer group: take the word of another, if there is one."""
+        for number, group in enumerate(self.info.layer_groups):
+            if not group.chunk and group.window != 1:
+                return self._sum_before(batch, row, number, start)
+        raise AssertionError("no layer group to take the sum from")
+
+
+def _terms(token_ids, positions):
+    return _mix(token_ids.astype(np.uint64) + (positions.astype(np.uint64) << np.uint64(20)))
 
 
 def fake_executor(capacity: Capacity) -> Executor:
     """An executor with the fake model, which takes no time."""
-    return Executor(
-        FakeRunner(
-            ExecutorConfig(
-                model="fake",
-                block_size=capacity.block_size,
-                fake_block_count=capacity.block_count,
-                max_num_seqs=capacity.slot_count,
-                max_num_batched_tokens=capacity.step_token_count,
-                max_model_len=capacity.block_count * capacity.block_size,
-                fake_step_us=0,
-                fake_token_us=0,
-            )
-        )
+    config = ExecutorConfig(
+        model="fake",
+        fake_block_count=capacity.block_count,
+        max_num_seqs=capacity.slot_count,
+        max_num_batched_tokens=capacity.step_token_count,
+        max_model_len=512,
+        fake_step_us=0,
+        fake_token_us=0,
     )
+    return Executor(CheckingRunner(config, executor_groups(capacity.layer_groups)))
 
 
 class Fleet:
-    """Drives a scheduler and its executors event by event; every message crosses the wire format."""
+    """Drives a scheduler and its executors event by event; every message crosses the wire format.
 
-    def __init__(self) -> None:
-        self.scheduler = Scheduler()
-        self.requests: dict[str, Request] = {}
-        self.tokens: dict[str, list[int]] = {}  # what each request's user received
+    A step takes `step_s` seconds and `token_s` for each token, by the executors' own account.
+    """
+
+    def __init__(self, policy=None, *, reuse: bool = True, step_s: float = 0.1, token_s: float = 0.05) -> None:
+        self.scheduler = Scheduler(policy, reuse=reuse)
+        self.requests: list[Request] = []  # each choice by itself
+        self.tokens: dict[Request, list[int]] = {}  # what each request's user received
+        self.computed_count = 0  # tokens that executors computed
         self._executors: dict[str, Executor] = {}
-        self._plans: dict[str, deque[bytes]] = {}  # sent and not run
+        self._plans: dict[str, deque[tuple[bytes, int]]] = {}  # sent and not run, each with its tokens
+        self._step_s, self._token_s = step_s, token_s
 
     def join(self, executor_id: str, capacity: Capacity) -> None:
         self.scheduler.join(executor_id, capacity)
@@ -52,37 +148,63 @@ class Fleet:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
-        self.requests[request.request_id] = request
-        self.tokens[request.request_id] = []
+        for choice in request.family:
+            self.requests.append(choice)
+            self.tokens[choice] = []
 
-    def plan(self, executor_id: str):
-        plan = self.scheduler.plan(executor_id, now=0.0)
+    def plan(self, executor_id: str, now: float = 0.0):
+        plan = self.scheduler.plan(executor_id, now)
         if plan is not None:
-            self._plans[executor_id].append(wire.encode_plan(plan).SerializeToString())
+            self._plans[executor_id].append((wire.encode_plan(plan).SerializeToString(), plan.token_count))
         return plan
+
+    def break_row(self, executor_id: str, slot: int) -> None:
+        """Let whoever computes in that slot next make the step fail."""
+        self._executors[executor_id]._runner.broken_slot = slot
 
     def has_plan(self, executor_id: str) -> bool:
         return bool(self._plans[executor_id])
 
     def run(self, executor_id: str) -> Outputs:
         """Let the executor run its oldest plan, and apply the result."""
-        plan = pb.Plan.FromString(self._plans[executor_id].popleft())
-        message = self._executors[executor_id].execute(plan).SerializeToString()
-        outputs = self.scheduler.apply(executor_id, wire.decode_result(pb.StepResult.FromString(message)))
+        data, token_count = self._plans[executor_id].popleft()
+        message = self._executors[executor_id].execute(pb.Plan.FromString(data)).SerializeToString()
+        result = wire.decode_result(pb.StepResult.FromString(message))
+        result = replace(result, seconds=self._step_s + self._token_s * token_count)
+        outputs = self.scheduler.apply(executor_id, result)
+        self.computed_count += token_count
         for request, token in outputs.tokens:
-            self.tokens[request.request_id].append(token)
+            self.tokens[request].append(token)
         return outputs
 
-    def run_all(self, step_limit: int = 10_000) -> None:
-        """Plan and run until nothing is left that could run."""
-        for _ in range(step_limit):
+    def run_all(self, step_limit: int = 10_000) -> int:
+        """Plan and run until nothing is left that could run; returns the number of rounds."""
+        for round_count in range(step_limit):
             planned = [self.plan(executor_id) for executor_id in self._executors]
             runnable = [executor_id for executor_id in self._executors if self._plans[executor_id]]
             if not runnable and not any(planned):
-                return
+                return round_count
             for executor_id in runnable:
                 self.run(executor_id)
         raise AssertionError(f"not done after {step_limit} steps: the scheduler makes no progress")
+
+    @property
+    def alive(self) -> list[Request]:
+        return [request for request in self.requests if request.state is not RequestState.FINISHED]
+
+    def assert_nothing_is_left(self) -> None:
+        """Every request has ended, and everything is free again."""
+        self.scheduler.check_invariants()
+        assert self.scheduler.request_count == 0
+        for executor in self.scheduler.executors.values():
+            assert executor.cache.pool.free_count == executor.capacity.block_count
+            assert executor.slots.free_count == executor.capacity.slot_count
+            assert executor.promised_count == executor.backlog_count == 0
+
+    def assert_tokens(self, layer_groups: tuple[LayerGroup, ...] = (LayerGroup(1),)) -> None:
+        """Every user has received what the model says, or a beginning of it."""
+        for request, received in self.tokens.items():
+            assert received == expected_tokens(request, layer_groups)[: len(received)]
 
 
 def make_request(
@@ -91,27 +213,30 @@ def make_request(
     max_output_count: int,
     *,
     seed: int | None = None,
-    stop_token_ids: frozenset[int] = frozenset(),
-    deadline: float = float("inf"),
+    choices: int = 1,
+    **fields,
 ) -> Request:
     """A request as the edge would make it."""
-    return Request(
-        request_id=request_id,
-        token_ids=array("I", prompt),
-        prompt_count=len(prompt),
-        max_output_count=max_output_count,
-        sampling=Sampling(temperature=0.0 if seed is None else 1.0, seed=seed or 0),
-        stop_token_ids=stop_token_ids,
-        deadline=deadline,
+    return with_choices(
+        Request(
+            request_id=request_id,
+            token_ids=array("I", prompt),
+            prompt_count=len(prompt),
+            max_output_count=max_output_count,
+            sampling=Sampling(temperature=0.0 if seed is None else 1.0, seed=seed or 0),
+            **fields,
+        ),
+        choices,
     )
 
 
-def expected_tokens(request: Request) -> list[int]:
+def expected_tokens(request: Request, layer_groups: tuple[LayerGroup, ...] = (LayerGroup(1),)) -> list[int]:
     """What the fake model says to the request when nothing disturbs it."""
     known = list(request.token_ids[: request.prompt_count])
     seed = request.sampling.seed if request.sampling.temperature else None
+    groups = executor_groups(layer_groups)
     for index in range(request.max_output_count):
-        known.append(next_token(known, seed, index))
+        known.append(next_token(known, seed, index, request.choice, groups))
         if known[-1] in request.stop_token_ids:
             break
     return known[request.prompt_count :]

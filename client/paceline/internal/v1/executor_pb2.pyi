@@ -163,10 +163,15 @@ class Plan(_message.Message):
 
     STEP_FIELD_NUMBER: _builtins.int
     DROPPED_SLOTS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
     NEW_REQUESTS_FIELD_NUMBER: _builtins.int
     APPENDED_SLOTS_FIELD_NUMBER: _builtins.int
     APPENDED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    APPENDED_GROUPS_FIELD_NUMBER: _builtins.int
+    ADOPTING_SLOTS_FIELD_NUMBER: _builtins.int
+    ADOPTED_TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     PAUSED_SLOTS_FIELD_NUMBER: _builtins.int
+    SKIPPED_SLOTS_FIELD_NUMBER: _builtins.int
     CHUNK_SLOTS_FIELD_NUMBER: _builtins.int
     CHUNK_TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     SAMPLING_ROW_COUNT_FIELD_NUMBER: _builtins.int
@@ -175,14 +180,32 @@ class Plan(_message.Message):
     """Number of this step: exactly one more than that of the plan before it, 1 in a new attachment."""
     dropped_slots: _builtins.bytes
     """Slots that stop computing and forget their request, before anything else in this plan. Little-endian uint16."""
+    copies: _builtins.bytes
+    """Blocks that are copied whole, all layers of them: pairs of a source and its destination, all reads before all
+    writes. So a choice gets a copy of the block that its prompt ends in. Little-endian uint32.
+    """
     appended_slots: _builtins.bytes
     """Slots whose block tables grow, one entry for each block, in the order in which they are appended.
     Little-endian uint16.
     """
     appended_block_ids: _builtins.bytes
-    """The block of each entry of `appended_slots`. Little-endian uint32."""
+    """The block of each entry of `appended_slots`. Little-endian uint32; 4294967295 is no block: what would stand there
+    is behind what the layers of the group see, and nothing reads it.
+    """
+    appended_groups: _builtins.bytes
+    """The layer group whose table each entry of `appended_slots` grows, by its place in `ExecutorCapacity.layer_groups`.
+    Uint8. Empty: all of them group 0.
+    """
+    adopting_slots: _builtins.bytes
+    """Slots that are catching up and whose next known tokens have their keys and values in the blocks appended above:
+    another request with the same beginning computed them. Little-endian uint16.
+    """
+    adopted_token_counts: _builtins.bytes
+    """How many tokens each entry of `adopting_slots` need not compute, at least 1. Little-endian uint32."""
     paused_slots: _builtins.bytes
     """Decoding slots that compute nothing from this step on, until they are dropped. Little-endian uint16."""
+    skipped_slots: _builtins.bytes
+    """Decoding slots that compute nothing in this step, and go on in the next. Little-endian uint16."""
     chunk_slots: _builtins.bytes
     """Slots that compute a run of their known tokens in this step, starting where they stand. The step in which the
     last known token is computed samples, and the slot decodes from the next step on. Little-endian uint16.
@@ -206,10 +229,15 @@ class Plan(_message.Message):
         *,
         step: _builtins.int = ...,
         dropped_slots: _builtins.bytes = ...,
+        copies: _builtins.bytes = ...,
         new_requests: _abc.Iterable[Global___NewRequest] | None = ...,
         appended_slots: _builtins.bytes = ...,
         appended_block_ids: _builtins.bytes = ...,
+        appended_groups: _builtins.bytes = ...,
+        adopting_slots: _builtins.bytes = ...,
+        adopted_token_counts: _builtins.bytes = ...,
         paused_slots: _builtins.bytes = ...,
+        skipped_slots: _builtins.bytes = ...,
         chunk_slots: _builtins.bytes = ...,
         chunk_token_counts: _builtins.bytes = ...,
         sampling_row_count: _builtins.int = ...,
@@ -217,7 +245,7 @@ class Plan(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_block_ids", b"appended_block_ids", "appended_slots", b"appended_slots", "chunk_slots", b"chunk_slots", "chunk_token_counts", b"chunk_token_counts", "dropped_slots", b"dropped_slots", "new_requests", b"new_requests", "paused_slots", b"paused_slots", "sampling_row_count", b"sampling_row_count", "step", b"step", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_token_counts", b"adopted_token_counts", "adopting_slots", b"adopting_slots", "appended_block_ids", b"appended_block_ids", "appended_groups", b"appended_groups", "appended_slots", b"appended_slots", "chunk_slots", b"chunk_slots", "chunk_token_counts", b"chunk_token_counts", "copies", b"copies", "dropped_slots", b"dropped_slots", "new_requests", b"new_requests", "paused_slots", b"paused_slots", "sampling_row_count", b"sampling_row_count", "skipped_slots", b"skipped_slots", "step", b"step", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,6 +268,7 @@ class NewRequest(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_COUNT_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The slot it takes, below the executor's `slot_count`."""
     request_id: _builtins.str
@@ -251,14 +280,20 @@ class NewRequest(_message.Message):
     output_count: _builtins.int
     """How many of `token_ids`, counted from the end, were generated: the next token has this output index."""
     computed_count: _builtins.int
-    """How many of `token_ids` have keys and values in the blocks already. 0 unless blocks are shared."""
+    """How many of `token_ids` have keys and values in the blocks already, fewer than all: the beginning of another
+    request, or the prompt that choices share.
+    """
     stop_token_ids: _builtins.bytes
     """Token ids that stop it, end-of-sequence ids included. Little-endian uint32."""
     max_output_count: _builtins.int
     """It stops when this many tokens were generated, those before it came here included."""
+    choice: _builtins.int
+    """Which of the continuations of one prompt this is, from 0. Part of what its noise depends on."""
     @_builtins.property
     def block_tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """The first entries of the block table of each layer group, little-endian uint32. One group: one entry."""
+        """The first entries of the block table of each layer group, in the order of `ExecutorCapacity.layer_groups`.
+        Little-endian uint32; 4294967295 is no block, as in `Plan.appended_block_ids`.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___Sampling:
@@ -282,10 +317,11 @@ class NewRequest(_message.Message):
         stop_token_ids: _builtins.bytes = ...,
         max_output_count: _builtins.int = ...,
         trace: Global___TraceContext | None = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tables", b"block_tables", "computed_count", b"computed_count", "max_output_count", b"max_output_count", "output_count", b"output_count", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tables", b"block_tables", "choice", b"choice", "computed_count", b"computed_count", "max_output_count", b"max_output_count", "output_count", b"output_count", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
