@@ -31,6 +31,7 @@ from paceline import AsyncClient
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 from scheduler_svc import wire
 from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity, Plan
 from scheduler_svc.fleet import ModelLimits
 from scheduler_svc.main import SchedulerApp, load_model
@@ -52,7 +53,8 @@ class DirectLink:
         self._attachment = Attachment(1, "direct")
         self._thread.begin(self._attachment)
         app.fleet.limits = ModelLimits(info.context_length, info.vocabulary_size, info.end_token_ids)
-        capacity = Capacity(info.block_size, info.block_count, info.slot_count, info.step_token_count)
+        groups = tuple(LayerGroup(group.block_size, group.window, group.chunk) for group in info.layer_groups)
+        capacity = Capacity(groups, info.block_count, info.slot_count, info.step_token_count)
         app.engine.attached(self, capacity)
         self._reading = asyncio.create_task(self._read())
 
@@ -99,9 +101,9 @@ async def load(address: str, request_count: int, output_count: int) -> tuple[flo
 class Side:
     """One of the two systems, started and ready."""
 
-    def __init__(self, mode: str, folder: Path, executor: dict) -> None:
+    def __init__(self, mode: str, folder: Path, executor: dict, **scheduler: object) -> None:
         self.address = f"unix:{folder}/{mode}.sock"
-        scheduler = {"model": executor["model"], "listen": [self.address]}
+        scheduler |= {"model": executor["model"], "listen": [self.address]}
         settings = {"scheduler": scheduler, "executor": executor | {"scheduler": self.address}}
         settings["executor"]["listen"] = f"unix:{folder}/{mode}-executor.sock"
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}

@@ -12,11 +12,12 @@ from executor_svc.executor import Executor
 from executor_svc.fake import FakeRunner
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc import wire
+from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity
 from scheduler_svc.core.request import Request
 from scheduler_svc.core.scheduler import Scheduler
 
-STEP_COUNT = 128
+WARM_UP, STEP_COUNT = 16, 128  # the first steps read the prompts
 EPOCH, INCARNATION = 1_795_000_000_000, 2**63
 
 
@@ -34,19 +35,19 @@ def measure(running_count: int, block_size: int) -> tuple[list[int], list[int]]:
         fake_token_us=0,
     )
     scheduler, executor = Scheduler(), Executor(FakeRunner(config))
-    scheduler.join("e", Capacity(block_size, blocks, running_count, running_count * 100))
+    scheduler.join("e", Capacity((LayerGroup(block_size),), blocks, running_count, running_count * 100))
     for number in range(running_count):
         prompt = array("I", [65] * (20 + number % 64))  # lengths differ, so that blocks fill up at different steps
         scheduler.add(Request(f"request-{number}", prompt, len(prompt), 300))
     down, up = [], []
-    for _ in range(STEP_COUNT + 1):
+    for _ in range(WARM_UP + STEP_COUNT):
         plan = scheduler.plan("e", 0.0)
         request = pb.SchedulerMessage(epoch=EPOCH, incarnation=INCARNATION, plan=wire.encode_plan(plan))
         result = executor.execute(request.plan)
         down.append(request.ByteSize())
         up.append(pb.ExecutorMessage(epoch=EPOCH, incarnation=INCARNATION, result=result).ByteSize())
         scheduler.apply("e", wire.decode_result(result))
-    return down[1:], up[1:]  # the first step reads the prompts
+    return down[WARM_UP:], up[WARM_UP:]
 
 
 def main() -> None:
