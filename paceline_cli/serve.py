@@ -66,10 +66,7 @@ def serve(
     [dim]$[/] paceline serve ./my-model --executors 2 --port 8001
     [dim]$[/] paceline serve fake --fake-step-us 5000     [dim]# all but the model[/]
     """
-    try:
-        check_settings(model, settings)
-    except ValueError as error:
-        raise CommandError(str(error), exit_code=ExitCode.USAGE) from error
+    _refuse_wrong(model, settings)
     port = reserve_port(host, port)
     with StopSignals() as signals, socket_folder() as sockets:
         screen = ServeScreen(terminal.stderr(), executors)
@@ -93,6 +90,13 @@ def serve(
         supervisor.ready = True
         _serve_until_stopped(supervisor, served, dial_address(host, port), demo, screen, signals)
         _drain(supervisor, settings["drain_timeout_s"], screen, signals)
+
+
+def _refuse_wrong(model: str, settings: Settings) -> None:
+    try:
+        check_settings(model, settings)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=ExitCode.USAGE) from error
 
 
 class StopSignals:

@@ -92,6 +92,7 @@ class Placement:
     def push(self, request: Request) -> None:
         """Queue a request that is WAITING."""
         request.tried_at = -1
+        request.hopeless_at = None  # what it was worth before it ran says nothing of what is left of it
         request.hashes = []  # they take a quarter of the memory of its tokens, and are made again in milliseconds
         self.queue.push(request)
         self._is_due = True

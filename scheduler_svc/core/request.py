@@ -92,10 +92,9 @@ class Request:
     placement_count: int = 0  # how often it was placed
     executor: Executor | None = None  # where it runs; None unless RUNNING
     slot: int = -1  # its number there; -1 unless RUNNING
-    computed_count: int = (
-        0  # token_ids[:computed_count] have keys and values in the cache, by the results so far; 0 unless RUNNING, and
-        # brought up to date only when a block is full while it decodes
-    )
+    # token_ids[:computed_count] have keys and values in the cache, by the results so far. 0 unless RUNNING; while the
+    # request decodes it is brought up to date only when a block is full.
+    computed_count: int = 0
     planned_count: int = 0  # the same once every chunk planned has run; not maintained while decoding, see `Slots`
     tables: tuple[BlockTable, ...] = ()  # by layer group, append-only while RUNNING; () otherwise
     shared_tails: tuple[int, ...] = ()  # layer groups whose last block it shares, and copies before it writes there

@@ -18,11 +18,10 @@ class Slots:
         """Start with all slots free; `block_sizes` are the tokens of a block in each layer group."""
         self.owners: NDArray[np.object_] = np.full(slot_count, None, dtype=object)  # Request | None
         self.decoding: NDArray[np.bool_] = np.zeros(slot_count, dtype=bool)  # computes a token in every step
-        self.planned: NDArray[np.int64] = np.zeros(slot_count, dtype=np.int64)  # tokens in the cache then, or once all
-        # that are known are there
-        self.room: NDArray[np.int64] = np.zeros(
-            (len(block_sizes), slot_count), dtype=np.int64
-        )  # tokens, by layer group
+        # Tokens in the cache then; of a request that is catching up, once it has.
+        self.planned: NDArray[np.int64] = np.zeros(slot_count, dtype=np.int64)
+        # Tokens that its blocks have room for, by layer group.
+        self.room: NDArray[np.int64] = np.zeros((len(block_sizes), slot_count), dtype=np.int64)
         self.limit: NDArray[np.int64] = np.zeros(slot_count, dtype=np.int64)  # planned tokens at which it is through
         self._block_sizes = tuple(block_sizes)
         self._free = list(range(slot_count))  # a heap: low numbers first keeps rows dense

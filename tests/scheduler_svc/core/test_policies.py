@@ -198,6 +198,21 @@ def test_deadline_does_not_judge_a_choice_by_a_prompt_that_another_computes():
     assert [choice.finish_reason for choice in request.choices] == [FinishReason.LENGTH] * 2
 
 
+def test_a_preempted_request_is_judged_by_what_is_left_of_it():
+    """Most of its work is done and in the cache; the moment by which it had to start at all is long past."""
+    drive = Drive(make_policy("deadline"), tokens=16, seconds=0.1)
+    drive.add(16 * 20, 4)
+    drive.run()
+    request = drive.add(16 * 30, 20, deadline=drive.now + 6.0)  # three seconds of prompt, two of output
+    while request.output_count < 5:
+        drive.step()
+    drive.scheduler._placement.preempt(drive.executor, request)
+    drive.run()
+
+    assert request.placement_count == 2
+    assert request.finish_reason is FinishReason.LENGTH
+
+
 def test_deadline_learns_again_after_a_bad_spell():
     """A device was slow while it warmed up; that must not be held against requests for ever."""
     drive = Drive(make_policy("deadline"), seconds=25.0)
