@@ -8,7 +8,17 @@ from collections.abc import Coroutine
 from typing import TypeVar
 
 PROTOCOL_VERSION = 1
-"""Version of `paceline.internal.v1` that this release speaks."""
+"""Newest version of `paceline.internal.v1` that this release speaks."""
+
+OLDEST_PROTOCOL_VERSION = 1
+"""Oldest version of it: that of the release before, so that a rolling restart works in either order."""
+
+
+def common_protocol(newest: int, oldest: int) -> int | None:
+    """The newest version that this release and one that speaks `oldest` to `newest` both speak; None: there is none."""
+    version = min(newest, PROTOCOL_VERSION)
+    return version if version >= max(oldest, OLDEST_PROTOCOL_VERSION) else None
+
 
 RELEASE = importlib.metadata.version("paceline-server")
 

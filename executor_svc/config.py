@@ -55,6 +55,9 @@ class ExecutorConfig:
     drain_timeout_s: float = 30.0
     """How long running requests may still finish here after a stop signal, before they resume elsewhere."""
 
+    resume_window_s: float = 60.0
+    """How long requests and cache are kept for a scheduler that was cut off or restarts."""
+
     fake_step_us: float = 1000.0
     """`--model fake`: time of a step that computes nothing."""
 
@@ -63,6 +66,9 @@ class ExecutorConfig:
 
     fake_block_count: int = 4096
     """`--model fake`: blocks in the cache."""
+
+    fake_deadly_token: int = -1
+    """`--model fake`: the process ends, without a word, in a step that computes this token. -1: none does that."""
 
 
 class SettingsError(ValueError):

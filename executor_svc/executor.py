@@ -1,6 +1,7 @@
 """The executor: runs plans, one after the other, on a runner."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,9 @@ from paceline.internal.v1 import executor_pb2 as pb
 
 __all__ = ["BrokenDeviceError", "Executor", "PlanError"]
 
+_MOST_DEPARTED = 4096
+"""Attempts without a slot that are kept for a scheduler that comes back; older ones only cost it a recomputation."""
+
 
 class BrokenDeviceError(Exception):
     """The device computes nothing any more; only a new process can help."""
@@ -24,6 +28,7 @@ class _Computed:
 
     token_ids: IntArray  # [slots] by slot; -1 where nothing was sampled
     failures: dict[int, str] = field(default_factory=dict)  # slot -> what went wrong
+    out_of_memory: set[int] = field(default_factory=set)  # of these, slots that only lacked memory
     forward_s: float = 0.0
     sample_s: float = 0.0
 
@@ -41,12 +46,21 @@ class Executor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every slot: a new attachment starts. The next plan has step 1."""
+        """Forget every slot. The next plan has step 1."""
         self._slots = Slots(self._runner.info)
         self._step = 0
+        self._acknowledged_step = 0
+        self._departed: deque[tuple[int, pb.HeldAttempt]] = deque()  # (step, attempt): dropped before that step's
+        # tokens were acknowledged
 
-    def execute(self, plan: pb.Plan) -> pb.StepResult:
-        """Run one plan.
+    def inventory(self) -> pb.Attached:
+        """What is there for a scheduler that takes this executor over."""
+        departed = [held for step, held in self._departed if step > self._acknowledged_step]
+        held = [self._slots.held(slot) for slot in np.flatnonzero(self._slots.occupied).tolist()]
+        return pb.Attached(last_step=self._step, held=departed + held)
+
+    def execute(self, plan: pb.Plan, epoch: int = 0) -> pb.StepResult:
+        """Run one plan of the scheduler with this epoch.
 
         Raises `PlanError` when it contradicts what is known here, and `BrokenDeviceError` when nothing can be
         computed any more. A row that fails by itself is reported in the result; the others go on.
@@ -55,7 +69,8 @@ class Executor:
         slots = self._slots
         if plan.step != self._step + 1:
             raise PlanError(f"plan of step {plan.step}, but step {self._step + 1} is next")
-        self._take_changes(plan)
+        self._acknowledge(plan.acknowledged_step)
+        self._take_changes(plan, epoch)
         chunk_slots = read_array(plan.chunk_slots, "<u2")
         decoding = self._decoding(plan)
         rows, lengths, samples = self._rows(decoding, chunk_slots, read_array(plan.chunk_token_counts, "<u4"))
@@ -72,13 +87,17 @@ class Executor:
         slots.computed[rows[active]] += lengths[active]
         slots.decoding[rows[samples]] = True
         sampled = rows[samples]
-        slots.halted[list(computed.failures)] = True
+        for slot, message in computed.failures.items():
+            slots.fail(slot, message, out_of_memory=slot in computed.out_of_memory)
         tokens = computed.token_ids[sampled]
-        slots.record(sampled[tokens >= 0], tokens[tokens >= 0])
+        slots.record(sampled[tokens >= 0], tokens[tokens >= 0], plan.step)
         return pb.StepResult(
             step=plan.step,
             token_ids=tokens.astype("<i4").tobytes(),
-            errors=[pb.SlotError(slot=slot, message=message) for slot, message in sorted(computed.failures.items())],
+            errors=[
+                pb.SlotError(slot=slot, message=message, out_of_memory=slot in computed.out_of_memory)
+                for slot, message in sorted(computed.failures.items())
+            ],
             timings=pb.Timings(
                 prepare_us=_microseconds(prepared_at - started_at),
                 forward_us=_microseconds(computed.forward_s),
@@ -86,14 +105,32 @@ class Executor:
             ),
         )
 
-    def _take_changes(self, plan: pb.Plan) -> None:
+    def _acknowledge(self, step: int) -> None:
+        """The tokens of all steps up to this one are kept elsewhere."""
+        self._acknowledged_step = max(self._acknowledged_step, step)
+        while self._departed and self._departed[0][0] <= self._acknowledged_step:
+            self._departed.popleft()
+
+    def _drop(self, dropped: IntArray) -> None:
+        """Empty slots, but keep what they have generated until that is acknowledged."""
+        self._slots.require(dropped, occupied=True, act="dropped")
+        for slot in dropped[self._slots.sampled_steps[dropped] > self._acknowledged_step].tolist():
+            held = self._slots.held(slot)
+            held.ClearField("slot")
+            held.ClearField("block_tables")
+            self._departed.append((self._step, held))
+        while len(self._departed) > _MOST_DEPARTED:
+            self._departed.popleft()
+        self._slots.drop(dropped)
+
+    def _take_changes(self, plan: pb.Plan, epoch: int) -> None:
         """Take in what the plan changes, in the order in which its fields take effect."""
         if plan.dropped_slots:
-            self._slots.drop(read_array(plan.dropped_slots, "<u2"))
+            self._drop(read_array(plan.dropped_slots, "<u2"))
         if plan.copies:
             self._copy_blocks(read_array(plan.copies, "<u4"))
         for request in plan.new_requests:
-            self._slots.start(request)
+            self._slots.start(request, epoch)
         if plan.appended_slots:
             slots = read_array(plan.appended_slots, "<u2")
             groups = read_array(plan.appended_groups, "<u1") if plan.appended_groups else np.zeros_like(slots)
@@ -169,6 +206,8 @@ class Executor:
             if len(rows) == 1:
                 slot = int(rows[0])
                 computed.failures[slot] = f"request '{self._slots.request_ids[slot]}' failed: {_describe(error)}"
+                if _is_out_of_memory(error):
+                    computed.out_of_memory.add(slot)
                 return
             half = len(rows) // 2
             self._compute_part(rows[:half], lengths[:half], samples[:half], computed)
@@ -177,6 +216,15 @@ class Executor:
         computed.token_ids[rows[samples]] = output.token_ids
         computed.forward_s += output.forward_s
         computed.sample_s += output.sample_s
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had no memory; torch's own error is known by its name, as torch is not needed."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _microseconds(seconds: float) -> int:

@@ -4,6 +4,7 @@ The next token is a hash of the tokens read through the block table, so a wrong 
 of a step follows a formula. Made for tests and for measurements of everything but the model.
 """
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ class FakeRunner:
         tokens_per_block = max(group.block_size for group in groups)
         self._step_s = config.fake_step_us / 1e6
         self._token_s = config.fake_token_us / 1e6
+        self._deadly_token = config.fake_deadly_token
         self.info = RunnerInfo(
             name="fake",
             fingerprint=FINGERPRINT,
@@ -50,6 +52,8 @@ class FakeRunner:
     def run(self, batch: StepBatch) -> StepOutput:
         """Store the step's tokens, read every sampling row's context back and hash it."""
         started_at = time.perf_counter()
+        if self._deadly_token in batch.token_ids:
+            os._exit(1)  # as a bug of a device's driver would
         self._write(batch)
         token_ids = self._sample(batch)
         rest = self._step_s + self._token_s * len(batch.token_ids) - (time.perf_counter() - started_at)

@@ -61,7 +61,9 @@ class ExecutorApp:
         self._runner = runner
         self._incarnation = secrets.randbits(64) | 1
         self._thread = ModelThread(Executor(runner), asyncio.get_running_loop())
-        self._service = ExecutorService(self._thread, self._incarnation, on_broken=lambda _message: self.broken.set())
+        self._service = ExecutorService(
+            self._thread, self._incarnation, config.resume_window_s, on_broken=lambda _message: self.broken.set()
+        )
         self._server = Server()
         executor_pb2_grpc.add_ExecutorServiceServicer_to_server(self._service, self._server.grpc)
 
@@ -76,14 +78,18 @@ class ExecutorApp:
         return address
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Be a member of the fleet until `stopping` is set, then drain. Raises `RefusedError` when there is no place
-        in the fleet for this executor, `BrokenDeviceError` when the device is beyond help.
+        """Be a member of the fleet until `stopping` is set, then drain; or until the scheduler lets it go.
+
+        Raises `RefusedError` when there is no place in the fleet for this executor, `BrokenDeviceError` when the device
+        is beyond help.
         """
         keeping = asyncio.create_task(self._membership.keep())
-        events = [asyncio.create_task(event.wait()) for event in (stopping, self.broken)]
+        events = [asyncio.create_task(event.wait()) for event in (stopping, self.broken, self._service.let_go)]
         try:
             await asyncio.wait((keeping, *events), return_when=asyncio.FIRST_COMPLETED)
-            if stopping.is_set() and not keeping.done():
+            if self._service.let_go.is_set():
+                log.info("drained: the scheduler lets this executor go")
+            elif stopping.is_set() and not keeping.done():
                 await self._drain(keeping)
         finally:
             for task in (keeping, *events):

@@ -10,7 +10,7 @@ import grpc
 import structlog
 
 from common.grpc_servers import open_channel
-from common.processes import PROTOCOL_VERSION, RELEASE
+from common.processes import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, RELEASE
 from executor_svc.batch import RunnerInfo
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -37,6 +37,7 @@ class Membership:
             incarnation=incarnation,
             address=address,
             protocol_version=PROTOCOL_VERSION,
+            oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             release=RELEASE,
             model=fleet_pb2.ExecutorModel(
                 name=info.name,

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from common.token_hashes import hash_tokens
 from executor_svc.batch import NO_BLOCK, IntArray, RunnerInfo, SamplingBatch, StepBatch
 from paceline.internal.v1 import executor_pb2 as pb
 
@@ -59,6 +60,12 @@ class Slots:
         self.known: list[IntArray] = [np.zeros(0, dtype=np.int64)] * count  # tokens that the scheduler sent
         self.stop_token_ids: list[frozenset[int]] = [frozenset()] * count
         self.request_ids: list[str] = [""] * count
+        self.attempts: list[tuple[int, int]] = [(0, 0)] * count  # (epoch, attempt)
+        self.generated: list[list[int]] = [[] for _ in range(count)]  # tokens sampled here
+        self.sampled_steps: IntArray = np.zeros(count, dtype=np.int64)  # in which the last of them was
+        self.keys: list[int] = [0] * count  # the scheduler's numbers for its requests
+        self.errors: list[str] = [""] * count  # why a slot failed
+        self.out_of_memory: NDArray[np.bool_] = np.zeros(count, dtype=bool)  # ... for want of memory alone
 
     def drop(self, slots: IntArray) -> None:
         """Empty slots."""
@@ -70,8 +77,8 @@ class Slots:
         self.require(slots, occupied=True, act="paused")
         self.decoding[slots] = False
 
-    def start(self, request: pb.NewRequest) -> None:
-        """Put a new request into its slot."""
+    def start(self, request: pb.NewRequest, epoch: int) -> None:
+        """Put a new request into its slot, on behalf of the scheduler with this epoch."""
         slot = request.slot
         self.require(np.array([slot]), occupied=False, act="started")
         known = read_array(request.token_ids, "<u4")
@@ -94,6 +101,11 @@ class Slots:
         self.known[slot] = known
         self.stop_token_ids[slot] = frozenset(read_array(request.stop_token_ids, "<u4").tolist())
         self.request_ids[slot] = request.request_id
+        self.attempts[slot] = (epoch, request.attempt)
+        self.keys[slot] = request.key
+        self.generated[slot] = []
+        self.sampled_steps[slot] = 0
+        self.errors[slot] = ""
         sampling = request.sampling
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
         self.top_p[slot], self.min_p[slot], self.seed[slot] = sampling.top_p, sampling.min_p, sampling.seed
@@ -184,15 +196,55 @@ class Slots:
         is_entry = np.arange(width) < self.entry_counts[group, rows, None]
         return np.where(is_entry, self.block_tables[group][rows, :width], np.int32(0))
 
-    def record(self, sampled: IntArray, token_ids: IntArray) -> None:
-        """Take in the tokens that slots have sampled; halt those which are through."""
+    def fail(self, slot: int, error: str, *, out_of_memory: bool) -> None:
+        """Stop a slot for good."""
+        self.halted[slot] = True
+        self.errors[slot] = error
+        self.out_of_memory[slot] = out_of_memory
+
+    def record(self, sampled: IntArray, token_ids: IntArray, step: int) -> None:
+        """Take in the tokens that slots have sampled in this step; halt those which are through."""
         self.last_token[sampled] = token_ids
+        self.sampled_steps[sampled] = step
         self.output_count[sampled] += 1
         through = self.output_count[sampled] >= self.max_output_count[sampled]
         self.halted[sampled[through]] = True
         for slot, token in zip(sampled.tolist(), token_ids.tolist(), strict=True):
+            self.generated[slot].append(token)
             if token in self.stop_token_ids[slot]:
                 self.halted[slot] = True
+
+    def held(self, slot: int) -> pb.HeldAttempt:
+        """What is there to know of a slot for a scheduler that takes it over."""
+        known, generated = self.known[slot].astype("<u4"), np.array(self.generated[slot], dtype="<u4")
+        before = int(self.output_count[slot]) - len(generated)  # outputs that came with the request
+        epoch, attempt = self.attempts[slot]
+        return pb.HeldAttempt(
+            slot=slot,
+            request_id=self.request_ids[slot],
+            choice=int(self.choice[slot]),
+            epoch=epoch,
+            attempt=attempt,
+            output_ids=known[len(known) - before :].tobytes() + generated.tobytes(),
+            tokens_hash=hash_tokens(known.tobytes(), generated.tobytes()),
+            computed_count=int(self.computed[slot]),
+            state=self._held_state(slot),
+            block_tables=[
+                table[slot, :count].astype("<i4").tobytes()  # NO_BLOCK is the largest uint32
+                for table, count in zip(self.block_tables, self.entry_counts[:, slot].tolist(), strict=True)
+            ],
+            error=self.errors[slot],
+            out_of_memory=bool(self.errors[slot]) and bool(self.out_of_memory[slot]),
+            key=self.keys[slot],
+        )
+
+    def _held_state(self, slot: int) -> pb.HeldState.ValueType:
+        if self.halted[slot]:
+            return pb.HELD_STATE_HALTED
+        if self.decoding[slot]:
+            return pb.HELD_STATE_DECODING
+        catches_up = self.computed[slot] < len(self.known[slot])
+        return pb.HELD_STATE_CATCHING_UP if catches_up else pb.HELD_STATE_HALTED
 
     def check_fits(self, rows: IntArray, lengths: IntArray) -> None:
         """Refuse a step that computes tokens which are not known, or have no block."""

@@ -50,9 +50,10 @@ def scheduler_child(
     folder: str, sockets: Path, public_address: str, settings: Settings, more_words: Sequence[str] = ()
 ) -> ChildCommand:
     """The scheduler: executors reach it over a socket in `sockets`, users at `public_address`."""
-    config = SchedulerConfig(
-        model=folder, listen=(scheduler_socket(sockets), public_address), **_part(SchedulerConfig, settings)
-    )
+    own = _part(SchedulerConfig, settings)
+    if not own.get("journal"):
+        own["journal"] = f"{sockets}/journal.db"  # for as long as `serve` runs: it restarts the scheduler
+    config = SchedulerConfig(model=folder, listen=(scheduler_socket(sockets), public_address), **own)
     return ChildCommand("scheduler", paceline_command("scheduler", folder, *flags_for(config), *more_words))
 
 

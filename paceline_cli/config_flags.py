@@ -21,6 +21,7 @@ _ORDER = "Order"
 _LIMITS = "Limits"
 _NETWORK = "Network"
 _TIMES = "Time-outs"
+_RECOVERY = "Recovery"
 _FAKE = "Without a model (MODEL is 'fake')"
 
 
@@ -50,8 +51,8 @@ def _size(name: str, panel: str, text: str) -> _Flag:
     return _Flag(name, text, panel, {"metavar": "SIZE", "parser": parse_size})
 
 
-def _seconds(name: str, text: str) -> _Flag:
-    return _Flag(name, text, _TIMES, {"metavar": "SECONDS", "min": 0})
+def _seconds(name: str, text: str, panel: str = _TIMES) -> _Flag:
+    return _Flag(name, text, panel, {"metavar": "SECONDS", "min": 0})
 
 
 # By field name, in the order of the help.
@@ -89,12 +90,23 @@ _FLAGS = {
     "listen": _flag("--listen", _NETWORK, "Address to serve on: host:port or unix:/path.", metavar="ADDRESS"),
     "advertise": _flag("--advertise", _NETWORK, "Address at which the scheduler reaches it.", metavar="ADDRESS"),
     "executor_id": _flag("--executor-id", _NETWORK, "Name in the fleet; keep it over restarts.", metavar="NAME"),
+    "metrics_port": _flag(
+        "--metrics-port", _NETWORK, "Port of the scheduler's /metrics; 0: none.", metavar="PORT", min=0, max=65535
+    ),
     "lease_s": _seconds("--lease", "Silence after which an executor counts as lost."),
     "step_timeout_s": _seconds("--step-timeout", "Least time after which a step counts as wedged."),
     "drain_timeout_s": _seconds("--drain-timeout", "How long running requests may still finish after a stop."),
+    "journal": _flag(
+        "--journal", _RECOVERY, "File that keeps accepted requests over a restart; off: none.", metavar="PATH"
+    ),
+    "journal_bytes": _size("--journal-size", _RECOVERY, "Largest size of that file, as 1GiB."),
+    "keep_results_s": _seconds("--keep-results", "How long an answer can be read again after its end.", _RECOVERY),
+    "resume_wait_s": _seconds("--resume-wait", "How long a restarted scheduler waits for its executors.", _RECOVERY),
+    "resume_window_s": _seconds("--resume-window", "How long an executor waits for its scheduler.", _RECOVERY),
     "fake_step_us": _count("--fake-step-us", _FAKE, "Microseconds of a step that computes nothing.", 0),
     "fake_token_us": _count("--fake-token-us", _FAKE, "Microseconds that each token adds to its step.", 0),
     "fake_block_count": _count("--fake-block-count", _FAKE, "Blocks in the cache."),
+    "fake_deadly_token": _count("--fake-deadly-token", _FAKE, "Token that kills the process; -1: none.", -1),
 }
 
 

@@ -112,11 +112,15 @@ def _refusals() -> Iterator[None]:
     A service raises `ValueError` only at its start. An address that is taken may be free the next time.
     """
     from common.grpc_servers import AddressError
+    from scheduler_svc.journal.errors import JournalError
 
     try:
         yield
     except AddressError:
         raise
+    except JournalError as error:  # another process may use it, and end
+        message, _, remedy = str(error).rpartition("; ")
+        raise CommandError(message, remedy) from error
     except ValueError as error:
         message, _, remedy = str(error).rpartition("; ")
         raise CommandError(message or remedy, remedy if message else "", exit_code=ExitCode.USAGE) from error

@@ -150,7 +150,7 @@ class Supervisor:
         observer: SupervisorObserver,
         policy: RestartPolicy | None = None,
     ) -> None:
-        self.ready = False  # from then on a kill from outside is no reason to give a child up
+        self.ready = False  # from then on neither a kill from outside nor a drain is a reason to give a child up
         self._policy = policy or RestartPolicy()
         self._observer = observer
         self._children = [Child(command, observer) for command in commands]
@@ -219,8 +219,8 @@ class Supervisor:
         ended = _how_it_ended(code)
         if code == ExitCode.USAGE:
             raise ChildFailedError(child.name, ended, list(child.last_lines))
-        killed = code in (-signal.SIGKILL, -signal.SIGTERM) and self.ready
-        if child.quick_death_count >= self._policy.quick_death_limit and not killed:
+        asked = code in (0, -signal.SIGKILL, -signal.SIGTERM) and self.ready  # drained, or killed from outside
+        if child.quick_death_count >= self._policy.quick_death_limit and not asked:
             ended = f"died {child.quick_death_count} times in a row; the last time it {ended}"
             raise ChildFailedError(child.name, ended, list(child.last_lines))
         delay = self._policy.delay_s(child.quick_death_count)

@@ -19,6 +19,9 @@ class SchedulerConfig:
     served_model_name: str = ""
     """Name under which users ask for the model. Empty: the folder's own name."""
 
+    metrics_port: int = 0
+    """Port on which Prometheus finds `/metrics`, on every address of this machine. 0: none."""
+
     policy: str = "fifo"
     """Whose turn it is: `fifo`, `prefill_first`, `priority` (the request's, the larger first), `deadline` (the earliest
     first; what cannot make it is refused early) or `fair` (equal service to tenants)."""
@@ -41,6 +44,19 @@ class SchedulerConfig:
     max_prompt_bytes: int = 1024 * 1024
     """Largest text or conversation that is tokenized at all; raise it for models with contexts of millions."""
 
+    journal: str = ""
+    """File that accepted requests and delivered tokens are written to, so that they outlive this process. Empty or
+    `off`: none, and a restart loses them."""
+
+    journal_bytes: int = 1 << 30
+    """Largest size of that file. Near it, results that are kept for clients are let go first."""
+
+    keep_results_s: float = 60.0
+    """How long the answer to a request with an id of the caller's can still be read after its end."""
+
+    resume_wait_s: float = 10.0
+    """How long a restarted scheduler waits for the executors that had its requests before others compute them again."""
+
     lease_s: float = 5.0
     """Silence after which an executor counts as lost."""
 
@@ -49,7 +65,8 @@ class SchedulerConfig:
     step time where that is longer."""
 
     drain_timeout_s: float = 30.0
-    """How long running requests may still finish after a stop signal."""
+    """How long running requests may still finish after a stop signal. With a journal those that have not go on after
+    the next start: 0 leaves at once."""
 
 
 def check_settings(config: SchedulerConfig) -> None:
@@ -59,5 +76,8 @@ def check_settings(config: SchedulerConfig) -> None:
         raise ValueError(f"lease must be 0.5 to 3600 seconds, got {config.lease_s:g}")
     if not 0 < config.step_timeout_s < math.inf:
         raise ValueError(f"step timeout must be above 0 seconds and finite, got {config.step_timeout_s:g}")
-    if not 0 <= config.drain_timeout_s < math.inf:
-        raise ValueError(f"drain timeout must be 0 seconds or more and finite, got {config.drain_timeout_s:g}")
+    for name in ("drain_timeout_s", "keep_results_s", "resume_wait_s"):
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            words = name.removesuffix("_s").replace("_", " ")
+            raise ValueError(f"{words} must be 0 seconds or more and finite, got {value:g}")

@@ -9,6 +9,7 @@ import secrets
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ import grpc
 from common.errors import RefusedError, invalid
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import sampling_pb2
+from scheduler_svc.answers import Terms
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.request import Request, Sampling, TraceContext, with_choices
 from scheduler_svc.fleet import ModelLimits
@@ -30,6 +32,7 @@ MAX_SALT_BYTES = 256
 MAX_STOPS, MAX_STOP_BYTES, MAX_STOP_TOKEN_IDS = 16, 256, 64
 MAX_CHAT_MESSAGES = 4096
 _FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # each with the value that keeps all tokens
+MAX_DETACH_TIMEOUT_S = 3600
 _NAME = re.compile(r"[!-~]{1,128}")
 
 
@@ -53,7 +56,7 @@ class Door:
         limits: ModelLimits | None,
         deadline: float,
         trace: TraceContext | None,
-    ) -> tuple[Request, list[TextStream]]:
+    ) -> tuple[Request, list[TextStream], Terms]:
         """Make a request of the message, and a stream of text for each of its choices. Raises `RefusedError`."""
         if limits is None:
             raise RefusedError(
@@ -86,7 +89,10 @@ class Door:
             cache_salt=message.cache_salt,
             trace=trace,
         )
-        return with_choices(request, len(texts)), texts
+        terms = Terms(
+            content_hash(message), tuple(message.stopping.stop), message.detach_timeout_s, bool(message.request_id)
+        )
+        return with_choices(request, len(texts)), texts, terms
 
     def _read(self, message: pb.GenerateRequest) -> tuple[array[int], list[TextStream]]:
         """Token ids of the prompt, and a stream for the text of each choice. Runs beside the event loop."""
@@ -156,6 +162,23 @@ def request_id_of(message: pb.GenerateRequest) -> str:
     return message.request_id or f"req-{secrets.token_hex(12)}"
 
 
+def content_hash(message: pb.GenerateRequest) -> bytes:
+    """What makes a repeated request the same one: everything but who reads it from where, and for how long."""
+    content = pb.GenerateRequest()
+    content.CopyFrom(message)
+    for name in ("request_id", "resume_from", "detach_timeout_s"):
+        content.ClearField(name)
+    return blake2b(content.SerializeToString(deterministic=True), digest_size=16).digest()
+
+
+def positions_of(message: pb.GenerateRequest) -> dict[int, tuple[int, int]]:
+    """(tokens, code points) that the caller has, by choice. Raises `RefusedError`."""
+    positions = {place.choice: (place.output_token_count, place.text_length) for place in message.resume_from}
+    if len(positions) < len(message.resume_from):
+        raise invalid(f"resume_from has {len(message.resume_from)} entries for {len(positions)} choices; send one each")
+    return positions
+
+
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
     """The model's own sampling parameters: greedy unless its generation_config.json says to sample.
 
@@ -198,6 +221,12 @@ def _check_placing(message: pb.GenerateRequest) -> None:
         )
     if message.tenant and not _NAME.fullmatch(message.tenant):
         raise invalid(f"tenant '{_shown(message.tenant)}' must be 1 to 128 printable ASCII characters without spaces")
+    if message.detach_timeout_s > MAX_DETACH_TIMEOUT_S:
+        raise invalid(f"detach_timeout_s is {message.detach_timeout_s}, at most {MAX_DETACH_TIMEOUT_S} are possible")
+    if message.detach_timeout_s and not message.request_id:
+        raise invalid(
+            f"detach_timeout_s is {message.detach_timeout_s}, but without a request_id nobody could come back; set one"
+        )
     size = len(message.cache_salt.encode())
     if size > MAX_SALT_BYTES:
         raise invalid(f"cache_salt has {size} bytes, at most {MAX_SALT_BYTES} are possible; send a hash of it")

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import grpc
 import structlog
 
 from common.errors import RefusedError, invalid
+from scheduler_svc.answers import Answer, AnswerBook, Terms
 from scheduler_svc.config import SchedulerConfig
-from scheduler_svc.core.plan import Capacity, NeverFitsError, Plan, Result
+from scheduler_svc.core.plan import Capacity, Inventory, NeverFitsError, Outputs, Plan, Result
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.scheduler import Scheduler
-from scheduler_svc.output_stream import Answer, OutputStream
+from scheduler_svc.journal.journal import Durability
+from scheduler_svc.output_stream import OutputStream
+from scheduler_svc.recorder import Recorder, replay_output
 from scheduler_svc.text_stream import TextStream
 
 log = structlog.get_logger()
@@ -27,10 +32,15 @@ class Link(Protocol):
     """An attached executor, as the engine sees it."""
 
     executor_id: str
-    draining: bool  # the executor has said that it wants to leave
+    incarnation: int
+    draining: bool  # it is to leave
 
     def send(self, plan: Plan) -> None:
         """Send a plan, some time soon."""
+        ...
+
+    def acknowledge(self, step: int) -> None:
+        """Tell the executor, with the next plan, that it need not tell the tokens up to this step again."""
         ...
 
     def detach(self) -> None:
@@ -38,55 +48,118 @@ class Link(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Arrival:
+    """A request at the door."""
+
+    is_cancelled: bool = False
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Engine:
     """Owns the core and lives on one event loop, so that nothing here needs a lock."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        """Start with no request and no executor."""
+    def __init__(self, config: SchedulerConfig, recorder: Recorder) -> None:
+        """Start with no request and no executor; what `recorder` writes is out before anybody is told."""
         policy = make_policy(
             config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight
         )
         self.scheduler = Scheduler(policy, reuse=config.prefix_reuse)
         self.draining = False
+        self._is_closed = False
         self._config = config
-        self._streams: dict[Request, OutputStream] = {}  # of every choice that has not ended
+        self.answers = AnswerBook(config.keep_results_s, self.cancel, recorder.forgotten)
+        self._recorder = recorder
+        self._streams: dict[Request, OutputStream] = {}  # of every choice whose end was not told
         self._links: dict[str, Link] = {}
         self._loop = asyncio.get_running_loop()
-        self._arriving: dict[str, bool] = {}  # ids at the door; True once somebody cancelled it
+        self._arriving: dict[str, Arrival] = {}  # ids at the door
+        self._waiting_for_owners: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None  # for the next moment of the core's, or earlier
+        self.is_fenced = asyncio.Event()  # another scheduler has taken over
         self._room = asyncio.Event()  # set whenever the queue may have become shorter
         self._ended = asyncio.Event()  # set whenever a request ended
 
     # --- requests -----------------------------------------------------------------------------------------------
 
+    async def known(self, request_id: str, content_hash: bytes) -> Answer | None:
+        """The answer to this very request, if it was let in before. Raises `RefusedError` where the id is another's."""
+        while (arrival := self._arriving.get(request_id)) is not None:
+            await arrival.is_over.wait()
+            if arrival.is_cancelled:
+                raise _cancelled(request_id)
+        return self.answers.find(request_id, content_hash)
+
     @contextmanager
     def arriving(self, request_id: str) -> Iterator[None]:
-        """Hold an id while its request is at the door, so that it can be cancelled there and is not used twice."""
-        if request_id in self._arriving or self.scheduler.get(request_id) is not None:
-            raise RefusedError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                f"a request with the id '{request_id}' is running; choose another request_id",
-            )
-        self._arriving[request_id] = False
+        """Hold an id that is not `known` while its request is at the door, so that it can be cancelled there."""
+        arrival = self._arriving[request_id] = Arrival()
         try:
             yield
         finally:
             del self._arriving[request_id]
+            arrival.is_over.set()
 
-    def submit(self, request: Request, texts: Sequence[TextStream]) -> Answer:
-        """Accept a request that is `arriving`, or refuse it at once; `texts` are those of its choices."""
-        if self._arriving[request.request_id]:
-            raise RefusedError(grpc.StatusCode.CANCELLED, f"request '{request.request_id}' was cancelled")
+    def submit(self, request: Request, texts: Sequence[TextStream], terms: Terms) -> Answer:
+        """Accept a request that is `arriving`, or refuse it at once; `texts` are those of its choices.
+
+        It is not told to be accepted before it is `durable`.
+        """
+        if self._arriving[request.request_id].is_cancelled:
+            raise _cancelled(request.request_id)
         self.check_room(len(request.token_ids))
         try:
             self.scheduler.add(request)
         except NeverFitsError as error:
             raise invalid(str(error)) from error
-        answer = Answer(request, texts, time.monotonic())
+        answer = Answer(request, texts, terms, time.monotonic())
+        self.answers.add(answer)
         self._streams.update(zip(request.family, answer.streams, strict=True))
+        self._recorder.accepted(answer)
         self._watch_deadlines()
         self._pump()
         return answer
+
+    async def durable(self) -> None:
+        """Wait until everything that has happened up to now is written down."""
+        done = asyncio.Event()
+        self._recorder.journal.then(done.set)
+        await done.wait()
+
+    def restore(self, owners: Mapping[Answer, Sequence[str]]) -> None:
+        """Take up the requests of an earlier life, each with the executors that had its choices, "" for none."""
+        now = time.monotonic()
+        for answer, executor_ids in owners.items():
+            self.answers.add(answer)
+            self._restore(answer, executor_ids, now)
+        wait_s = self._config.resume_wait_s
+        self._waiting_for_owners = self._loop.call_later(wait_s, self._stop_waiting_for_owners)
+        self._watch_deadlines()
+
+    def _restore(self, answer: Answer, owners: Sequence[str], now: float) -> None:
+        ends = [replay_output(answer, choice) for choice in range(len(answer.streams))]
+        if not answer.request.has_ended:
+            self.scheduler.restore(answer.request, owners)
+        for choice, stream, end in zip(answer.request.family, answer.streams, ends, strict=True):
+            if end is None:
+                self._streams[choice] = stream
+                continue
+            output_count, reason = end
+            if choice.state is not RequestState.FINISHED:
+                self.scheduler.finish(choice, output_count, reason)
+                self._recorder.ended(answer, choice)
+            del stream.token_ids[output_count:]
+            stream.end(reason, now if answer.known_end is None else answer.known_end)
+        if answer.has_ended:
+            self.answers.note_ended(answer, 0.0 if answer.known_end is None else now - answer.known_end)
+        else:
+            self.answers.note_unread(answer)
+
+    def _stop_waiting_for_owners(self) -> None:
+        for executor_id in self.scheduler.absent:
+            requests = self.scheduler.give_up(executor_id)
+            log.warning("executor did not come back", executor_id=executor_id, request_count=len(requests))
+        self._pump()
 
     def check_room(self, token_count: int) -> None:
         """Refuse a request of `token_count` tokens when the service is leaving or the queue is full."""
@@ -99,8 +172,11 @@ class Engine:
         if waiting and tokens + token_count > limit:
             raise _overloaded(f"{tokens} tokens are waiting and this request has {token_count}, the limit is {limit}")
 
-    async def wait_for_room(self, token_count: int) -> None:
-        """Wait until the queue has room for this in its first half: a batch leaves the rest to everybody else."""
+    async def wait_for_room(self, request_id: str, token_count: int) -> None:
+        """Wait until the queue has room for this in its first half: a batch leaves the rest to everybody else. Or until
+        the request, which is `arriving`, is cancelled.
+        """
+        arrival = self._arriving[request_id]
         scheduler, config = self.scheduler, self._config
         while (
             scheduler.waiting_count
@@ -109,6 +185,7 @@ class Engine:
                 or scheduler.waiting_token_count + token_count > config.max_waiting_tokens // 2
             )
             and not self.draining
+            and not arrival.is_cancelled
         ):
             self._room.clear()
             await self._room.wait()
@@ -116,7 +193,8 @@ class Engine:
     def cancel_id(self, request_id: str) -> None:
         """End the request of that id, if there is one."""
         if request_id in self._arriving:
-            self._arriving[request_id] = True
+            self._arriving[request_id].is_cancelled = True
+            self._room.set()
         elif (request := self.scheduler.get(request_id)) is not None:
             self.cancel(request)
 
@@ -126,8 +204,7 @@ class Engine:
             return
         ending = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
         self.scheduler.cancel(request)
-        for choice in ending:
-            self._end_stream(choice, FinishReason.CANCELLED)
+        self._tell_ends(ending)
         self._pump()
 
     def _watch_deadlines(self) -> None:
@@ -143,35 +220,87 @@ class Engine:
 
     def _expire(self) -> None:
         self._expiry = None
-        for request in self.scheduler.expire(time.monotonic()):
-            self._end_stream(request, FinishReason.DEADLINE)
+        self._tell_ends(self.scheduler.expire(time.monotonic()))
         self._watch_deadlines()
         self._pump()
 
     # --- executors ----------------------------------------------------------------------------------------------
 
-    def attached(self, link: Link, capacity: Capacity) -> None:
-        """An executor is ready for plans."""
-        self.scheduler.join(link.executor_id, capacity)
+    def attached(self, link: Link, capacity: Capacity, inventory: Inventory) -> None:
+        """An executor is ready for plans, with what it still has. Raises `ProtocolError` when that makes no sense."""
+        outputs = self.scheduler.resume(link.executor_id, capacity, inventory)
         self._links[link.executor_id] = link
+        if inventory.held:
+            running_count = len(self.scheduler.executors[link.executor_id].running)
+            log.info(
+                "executor resumed",
+                executor_id=link.executor_id,
+                request_count=running_count,
+                token_count=len(outputs.tokens),
+            )
         if link.draining:
             self.drain(link)
-        self._pump()
+        self._plan_and_tell(link, inventory.last_step, outputs)
+        if self.scheduler.stranded_count:
+            log.warning("requests wait for a larger executor", request_count=self.scheduler.stranded_count)
 
-    def lost(self, link: Link) -> None:
-        """An attachment is over; its requests are planned again elsewhere, or wait for an executor."""
-        if self._links.get(link.executor_id) is not link:
-            return
-        del self._links[link.executor_id]
-        requests = self.scheduler.lose(link.executor_id)
+    def find(self, request_id: str, choice: int) -> Request | None:
+        """A choice of a request that has not ended, if it is known."""
+        request = self.scheduler.get(request_id)
+        return request.family[choice] if request is not None and choice < len(request.family) else None
+
+    def fenced(self, reason: str) -> None:
+        """Another scheduler, with a higher epoch, has taken over: this one can do nothing any more."""
+        if not self.is_fenced.is_set():
+            log.error("another scheduler has taken over; this one ends", reason=reason)
+            self.is_fenced.set()
+            self.answers.interrupt(RefusedError(grpc.StatusCode.UNAVAILABLE, "another scheduler has taken over"))
+
+    def started(self, link: Link, step: int) -> None:
+        """A step that was to be announced begins."""
+        if self._links.get(link.executor_id) is link:
+            self.scheduler.executors[link.executor_id].started_step = step
+
+    def lost(self, link: Link, *, died: bool = False, may_return: bool = False) -> None:
+        """An attachment is over. Its requests are planned again elsewhere, or wait: for any executor, or first for this
+        one where it `may_return`. Those that it computed when it `died` are suspected of that.
+        """
+        if self._is_closed:
+            return  # what is there goes on in the next life
+        died = died and not link.draining  # it was to leave
+        executor_id = link.executor_id
+        if self._links.get(executor_id) is link or (
+            executor_id not in self._links and executor_id in self.scheduler.executors
+        ):
+            self._links.pop(executor_id, None)
+            lost = self.scheduler.lose(executor_id, died=died, may_return=may_return)
+            if not may_return:  # else it may be back before that is news
+                self._note_lost(link, lost)
+            self._pump()
+        elif executor_id not in self._links and not may_return:  # it was waited for
+            self._note_lost(link, self.scheduler.give_up(executor_id, died=died))
+
+    def _note_lost(self, link: Link, requests: list[Request]) -> None:
+        given_up = [request for request in requests if request.state is RequestState.FINISHED]
         if requests:
-            log.warning("requests wait again", executor_id=link.executor_id, request_count=len(requests))
+            log.warning(
+                "requests wait again", executor_id=link.executor_id, request_count=len(requests) - len(given_up)
+            )
+        for request in given_up:
+            log.error("request given up", request_id=request.request_id, reason=request.error)
+        self._tell_ends(given_up)
         self._pump()
 
     def drain(self, link: Link) -> None:
-        """An executor wants to leave. One that leaves together with the scheduler is still needed for what waits."""
+        """An executor is to leave. One that leaves together with the scheduler is still needed for what waits."""
         if self._links.get(link.executor_id) is link and not self.draining:
             self.scheduler.drain(link.executor_id)
+            self._pump()
+
+    def hand_over(self, link: Link) -> None:
+        """What an executor that drains has not finished goes on elsewhere."""
+        if self._links.get(link.executor_id) is link and not self.draining:
+            self.scheduler.hand_over(link.executor_id)
             self._pump()
 
     def answered(self, link: Link, result: Result) -> None:
@@ -179,22 +308,57 @@ class Engine:
 
         Raises `ProtocolError` when the executor makes no sense.
         """
-        outputs = self.scheduler.apply(link.executor_id, result)
-        self._pump()
+        self._plan_and_tell(link, result.step, self.scheduler.apply(link.executor_id, result))
+
+    def _plan_and_tell(self, link: Link, step: int, outputs: Outputs) -> None:
+        """What came is told even if planning fails: nobody would ever hear of it otherwise."""
+        try:
+            self._pump()
+        finally:
+            self._take_outputs(link, step, outputs)
+
+    def _take_outputs(self, link: Link, step: int, outputs: Outputs) -> None:
+        """Write down what came, then release it to its readers, then let the executor forget it."""
+        self._recorder.stepped(link.executor_id, step, outputs.tokens)
+        for request in outputs.finished:
+            self._recorder.ended(self._answer_of(request), request)
+        self._recorder.journal.then(partial(self._release, link, step, outputs))
+
+    def _release(self, link: Link, step: int, outputs: Outputs) -> None:
         now = time.monotonic()
         stopped = False
         for request, token_id in outputs.tokens:
-            stream = self._streams[request]
+            stream = self._streams.get(request)
+            if stream is None:
+                continue  # its end was told meanwhile
             stopped_at = stream.push(token_id, now)
             if stopped_at is not None:
-                self.scheduler.finish(request, stopped_at, FinishReason.STOP)
-                self._end_stream(request, FinishReason.STOP)
+                self._stop(request, stopped_at)
                 stopped = True
         for request in outputs.finished:
-            assert request.finish_reason is not None
-            self._end_stream(request, request.finish_reason)
+            self._end_stream(request)
+        link.acknowledge(step)
         if stopped:
             self._pump()
+
+    def _stop(self, request: Request, output_count: int) -> None:
+        """A stop string was found, some tokens late: they do not count, whatever they have led to."""
+        if request.state is RequestState.FINISHED:
+            del request.token_ids[request.prompt_count + output_count :]
+            request.finish_reason = FinishReason.STOP
+        else:
+            self.scheduler.finish(request, output_count, FinishReason.STOP)
+        self._recorder.ended(self._answer_of(request), request)
+        self._end_stream(request)
+
+    def _answer_of(self, request: Request) -> Answer:
+        return self.answers[request.request_id]
+
+    def _tell_ends(self, requests: Iterable[Request]) -> None:
+        """These have ended without a result: tell their readers once everything before is told."""
+        for request in requests:
+            self._recorder.ended(self._answer_of(request), request)
+            self._recorder.journal.then(partial(self._end_stream, request))
 
     def _pump(self) -> None:
         """Send plans while somebody has credit and work, and let go of executors that have drained.
@@ -208,6 +372,7 @@ class Engine:
             for executor_id, link in self._links.items():
                 while (plan := self.scheduler.plan(executor_id, now)) is not None:
                     link.send(plan)
+                    self._recorder.placed(executor_id, link.incarnation, plan)
                     progress = True
         for executor_id, link in self._links.items():
             executor = self.scheduler.executors[executor_id]
@@ -215,14 +380,21 @@ class Engine:
                 link.detach()
         self._room.set()
 
-    def _end_stream(self, request: Request, reason: FinishReason) -> None:
+    def _end_stream(self, request: Request) -> None:
         stream = self._streams.pop(request, None)
-        if stream is not None:
-            stream.end(reason, time.monotonic())
-            self._ended.set()
+        if stream is None:
+            return
+        assert request.finish_reason is not None
+        stream.end(request.finish_reason, time.monotonic())
+        answer = self._answer_of(request)
+        if answer.has_ended:
+            self.answers.note_ended(answer)
+        self._ended.set()
 
     async def drain_all(self, timeout_s: float) -> None:
-        """Refuse new requests, and wait until those accepted have ended; cut off what has not after `timeout_s`."""
+        """Refuse new requests, and wait until those accepted have ended; leave what has not after `timeout_s`: to the
+        next life of this scheduler where it is written down, else it is cut off.
+        """
         self.draining = True
         for executor_id in self._links:
             self.scheduler.drain(executor_id, draining=False)
@@ -233,10 +405,32 @@ class Engine:
                     self._ended.clear()
                     await self._ended.wait()
         except TimeoutError:
-            log.warning("requests are cut off", request_count=self.scheduler.request_count)
-            for request in list(self._streams):
-                self.scheduler.finish(request, request.output_count, FinishReason.CUT_OFF)
-                self._end_stream(request, FinishReason.CUT_OFF)
+            self._leave_unfinished()
+        await self.durable()
+
+    def close(self) -> None:
+        """Stop all timers, and leave everything as it is: executors that are lost from now on keep their requests."""
+        self._is_closed = True
+        self.answers.close()
+        for timer in (self._expiry, self._waiting_for_owners):
+            if timer is not None:
+                timer.cancel()
+
+    def _leave_unfinished(self) -> None:
+        is_durable = self._recorder.journal.durability is Durability.ON
+        left = [request for request in self._streams if is_durable and self._answer_of(request).number]
+        cut_off = [request for request in self._streams if not (is_durable and self._answer_of(request).number)]
+        log.warning("leaving", go_on_after_the_next_start=len(left), cut_off=len(cut_off))
+        for request in cut_off:
+            self.scheduler.finish(request, request.output_count, FinishReason.CUT_OFF)
+        self._tell_ends(cut_off)
+        self.answers.interrupt(
+            RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler restarts; the answer goes on when it is back")
+        )
+
+
+def _cancelled(request_id: str) -> RefusedError:
+    return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request_id}' was cancelled")
 
 
 def _overloaded(reason: str) -> RefusedError:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import grpc
 import structlog
 
 from common.errors import RefusedError, invalid
-from common.processes import PROTOCOL_VERSION, RELEASE
+from common.processes import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, RELEASE, common_protocol
 from paceline.v1 import fleet_pb2
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity
 from scheduler_svc.engine import Engine
 from scheduler_svc.executor_link import ExecutorLink
+from scheduler_svc.journal import records
+from scheduler_svc.journal.journal import Journal
 
 log = structlog.get_logger()
 
@@ -26,6 +28,7 @@ _LOOK_EVERY_S = 0.25
 _REPLACED_LIMIT = 1000
 MAX_LAYER_GROUPS = 255
 MAX_COMMON_BLOCK_SIZE = 65536
+MAX_FINISH_S = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Member:
     joined: fleet_pb2.JoinRequest
     link: ExecutorLink
     lease_ends_at: float
+    hands_over_at: float = math.inf  # when what still runs there moves: it is being drained
     keeping: asyncio.Task[None] = field(init=False)
 
 
@@ -51,16 +55,24 @@ class Fleet:
     """Takes executors up, renews their leases, and gives up those that fall silent or get stuck."""
 
     def __init__(
-        self, config: SchedulerConfig, model_name: str, fingerprint: str, owner: tuple[int, str], engine: Engine
+        self,
+        config: SchedulerConfig,
+        model_name: str,
+        fingerprint: str,
+        owner: tuple[int, str],
+        engine: Engine,
+        journal: Journal,
     ) -> None:
         """Start empty. Only executors whose model has this fingerprint may join."""
         self.limits: ModelLimits | None = None  # of the model, once an executor has joined
         self.members: dict[str, Member] = {}
+        self.epoch = owner[0]
         self._config = config
         self._model_name = model_name
         self._fingerprint = fingerprint
         self._owner = owner
         self._engine = engine
+        self._journal = journal
         self._replaced: dict[int, None] = {}  # incarnations whose place another took, oldest first
         self._wedged: set[int] = set()  # incarnations whose device got stuck: they must restart
         self._clock: Callable[[], float] = time.monotonic
@@ -99,7 +111,7 @@ class Fleet:
         self._replaced[member.joined.incarnation] = None
         while len(self._replaced) > _REPLACED_LIMIT:
             del self._replaced[next(iter(self._replaced))]
-        self._give_up(member)
+        self._give_up(member, died=True)
 
     def _take_up(self, request: fleet_pb2.JoinRequest) -> Member:
         link = ExecutorLink(
@@ -108,21 +120,62 @@ class Fleet:
             address=request.address,
             capacity=capacity_of(request.capacity),
             owner=self._owner,
+            protocol_version=_protocol_of(request) or PROTOCOL_VERSION,
             events=self._engine,
             clock=self._clock,
         )
         member = Member(request, link, lease_ends_at=0.0)
         member.keeping = asyncio.create_task(link.keep(), name=f"link {request.executor_id}")
         self.members[request.executor_id] = member
+        self._engine.scheduler.expect(capacity_of(request.capacity))
+        self._journal.append(records.Joined(request.executor_id, request.SerializeToString()))
         model = request.model
         self.limits = ModelLimits(model.context_length, model.vocabulary_size, tuple(model.end_token_ids))
         log.info("executor joined", executor_id=request.executor_id, address=request.address, mode=model.mode)
         return member
 
-    def _give_up(self, member: Member) -> None:
+    def _give_up(self, member: Member, *, died: bool = False) -> None:
+        self._journal.append(records.Left(member.joined.executor_id))
+        self._close(member, died=died)
+
+    def _close(self, member: Member, *, died: bool = False) -> None:
         del self.members[member.joined.executor_id]
         member.keeping.cancel()
-        self._engine.lost(member.link)
+        self._engine.lost(member.link, died=died)
+
+    def restore(self, messages: Iterable[bytes]) -> None:
+        """Take up the executors of an earlier life of the scheduler; those that are gone do not renew their lease."""
+        for message in messages:
+            request = fleet_pb2.JoinRequest.FromString(message)
+            try:
+                self.join(request)
+            except RefusedError as error:  # the model was exchanged meanwhile
+                log.warning("executor not taken over", executor_id=request.executor_id, reason=error.message)
+
+    def records(self) -> list[records.Record]:
+        """Who has a lease, for a journal that knows nobody."""
+        return [records.Joined(name, member.joined.SerializeToString()) for name, member in self.members.items()]
+
+    def incarnations(self) -> dict[str, int]:
+        """The process behind each name."""
+        return {name: member.joined.incarnation for name, member in self.members.items()}
+
+    def drain(self, executor_id: str, finish_within_s: float) -> None:
+        """Let an executor finish what it has for so long, move the rest, and let it go. Raises `RefusedError`."""
+        member = self.members.get(executor_id)
+        if member is None:
+            names = ", ".join(sorted(self.members)) or "none"
+            raise RefusedError(
+                grpc.StatusCode.NOT_FOUND, f"no executor '{_shown(executor_id)}' has joined; there are: {names}"
+            )
+        if finish_within_s > MAX_FINISH_S:
+            raise invalid(f"finish_within_s is {finish_within_s:g}, must be 0 to {MAX_FINISH_S}")
+        log.info("executor is drained", executor_id=executor_id, finish_within_s=finish_within_s)
+        member.hands_over_at = self._clock() + finish_within_s
+        member.link.draining = True
+        self._engine.drain(member.link)
+        if not finish_within_s:
+            self._engine.hand_over(member.link)
 
     async def watch(self) -> None:
         """Give up executors whose lease ran out, whose device is stuck, or which were let go; until cancelled."""
@@ -141,12 +194,14 @@ class Fleet:
                 elif member.link.is_wedged(now, self._config.step_timeout_s):
                     log.error("executor lost: its step takes too long", executor_id=member.joined.executor_id)
                     self._wedged.add(member.joined.incarnation)
-                    self._give_up(member)
+                    self._give_up(member, died=True)
+                elif member.hands_over_at <= now:
+                    self._engine.hand_over(member.link)
 
     def close(self) -> None:
-        """Give up everybody."""
+        """Let go of everybody; the next life of the scheduler takes them up again."""
         for member in list(self.members.values()):
-            self._give_up(member)
+            self._close(member)
 
     def _check(self, request: fleet_pb2.JoinRequest) -> None:
         missing = [name for name in ("executor_id", "incarnation", "address") if not getattr(request, name)]
@@ -155,11 +210,11 @@ class Fleet:
             raise invalid(f"{missing[0]} is missing")
         _check_id(request.executor_id)
         size, model = request.capacity, request.model
-        if request.protocol_version != PROTOCOL_VERSION:
+        if _protocol_of(request) is None:
             raise _mismatch(
                 f"executor '{request.executor_id}' (release {request.release or 'unknown'}) speaks version "
-                f"{request.protocol_version} of the step stream, this scheduler (release {RELEASE}) version "
-                f"{PROTOCOL_VERSION}; run the same release of both"
+                f"{request.protocol_version} of the step stream, this scheduler (release {RELEASE}) "
+                f"{OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}; run the same release of both, or neighbouring ones"
             )
         if model.fingerprint != self._fingerprint:
             raise _mismatch(
@@ -197,6 +252,11 @@ class Fleet:
             raise _mismatch(f"executor '{request.executor_id}' got stuck in a step; it must restart")
 
 
+def _protocol_of(request: fleet_pb2.JoinRequest) -> int | None:
+    """The version of the step stream that an executor and this scheduler both speak."""
+    return common_protocol(request.protocol_version, request.oldest_protocol_version or request.protocol_version)
+
+
 def capacity_of(message: fleet_pb2.ExecutorCapacity) -> Capacity:
     """What an executor says that it holds, as the core has it."""
     groups = tuple(LayerGroup(group.block_size, group.window, group.chunk) for group in message.layer_groups)
@@ -207,7 +267,7 @@ def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
     """An executor as operators see it."""
     joined = member.joined
     executor = engine.scheduler.executors.get(joined.executor_id) if member.link.is_attached else None
-    if joined.draining:
+    if joined.draining or member.link.draining:
         state = fleet_pb2.EXECUTOR_STATE_DRAINING
     else:
         state = fleet_pb2.EXECUTOR_STATE_READY if executor else fleet_pb2.EXECUTOR_STATE_CONNECTING
@@ -232,6 +292,10 @@ def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
 def _check_id(executor_id: str) -> None:
     if len(executor_id) > 128 or not executor_id.isascii() or not executor_id.isprintable() or " " in executor_id:
         raise invalid(f"executor_id {executor_id!r} must be 1 to 128 printable ASCII characters without spaces")
+
+
+def _shown(value: str) -> str:
+    return value if len(value) <= 80 else value[:77] + "..."
 
 
 def _mismatch(message: str) -> RefusedError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
 import time
 from typing import Any
 
 import structlog
 
 from common.grpc_servers import Server
+from common.metrics import serve_metrics
 from common.processes import run_loop, stop_event
 from common.serving_folder import ServingFolder
 from paceline.v1 import fleet_pb2_grpc, inference_pb2_grpc
@@ -18,6 +20,10 @@ from scheduler_svc.config import SchedulerConfig, check_settings
 from scheduler_svc.door import Door
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
+from scheduler_svc.journal.journal import Durability, Journal
+from scheduler_svc.journal.restored import Restored
+from scheduler_svc.metrics import SchedulerMetrics
+from scheduler_svc.recorder import Recorder, answer_of, owner_of
 from scheduler_svc.refuse_malformed import RefuseMalformed
 from scheduler_svc.service import FleetService, InferenceService
 from scheduler_svc.tokenizer import Tokenizer
@@ -25,7 +31,14 @@ from scheduler_svc.tokenizer import Tokenizer
 log = structlog.get_logger()
 
 SERVICES = ("paceline.v1.InferenceService", "paceline.v1.FleetService")
+DURABILITY = "paceline.durability"
+"""Name under which health says whether what is accepted outlives this process."""
+
 FAKE_FINGERPRINT = "fake"
+_SWITCH_S = 0.002
+"""How long the event loop may keep the interpreter from the journal's thread. Python's 5 ms, taken again and again by a
+busy loop, would hold back what waits to be written for a second."""
+
 _LAST_CHUNKS_S = 5.0  # for slow readers, once every request has ended; over as soon as they have read
 
 
@@ -55,35 +68,85 @@ class SchedulerApp:
     def __init__(
         self, config: SchedulerConfig, model_name: str, fingerprint: str, tokenizer: Tokenizer, defaults: dict[str, Any]
     ) -> None:
-        """Put the parts together; nothing listens yet."""
-        self.engine = Engine(config)
-        owner = (int(time.time() * 1000), secrets.token_hex(8))  # a later life has a higher epoch
-        self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine)
+        """Put the parts together; nothing listens yet. Raises `JournalError` when there is one that cannot be used."""
+        if config.journal not in ("", "off"):
+            sys.setswitchinterval(_SWITCH_S)
+        self.journal = (
+            Journal.off()
+            if config.journal in ("", "off")
+            else Journal.open(config.journal, max_bytes=config.journal_bytes)
+        )
+        epoch = self.journal.next_epoch(int(time.time() * 1000))  # a later life has a higher epoch
+        recorder = self._recorder = Recorder(self.journal, epoch, fingerprint)
+        self.engine = Engine(config, recorder)
+        owner = (epoch, secrets.token_hex(8))
+        self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine, self.journal)
         self._config = config
+        self._tokenizer = tokenizer
         self._server = Server(interceptors=[RefuseMalformed()])
         self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
         inference = InferenceService(self.door, self.engine, self.fleet, model)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server.grpc)
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetService(self.fleet, self.engine), self._server.grpc)
+        fleet_service = FleetService(self.fleet, self.engine, self.journal)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet_service, self._server.grpc)
+        self.journal.snapshot = lambda: [*self.fleet.records(), *recorder.snapshot(self.engine.answers)]
+        self.journal.outputs = lambda: recorder.outputs(self.engine.answers)
+        self.journal.shed = self.engine.answers.forget_oldest
+        self.journal.on_change = self._tell_health
+
+    def _restore(self) -> None:
+        """Go on where an earlier life left off."""
+        restored = self.journal.restored
+        self.fleet.restore(restored.joined)
+        incarnations = self.fleet.incarnations()
+        owners = {}
+        requests = [kept for kept in restored.requests if self._recorder.can_go_on(kept)]
+        if len(requests) < len(restored.requests):
+            forgotten_count = len(restored.requests) - len(requests)
+            log.warning("requests for another model are forgotten", request_count=forgotten_count)
+        for kept in requests:
+            self._recorder.restored(kept)
+            answer = answer_of(kept, self._tokenizer)
+            owners[answer] = [owner_of(choice, incarnations) for choice in kept.choices]
+        self.engine.restore(owners)
+        self.journal.restored = Restored()  # every prompt is in there once more
+        if requests:
+            log.warning(  # somebody killed the scheduler, and this is what became of it
+                "requests taken over from the journal",
+                request_count=len(requests),
+                unfinished_count=self.engine.scheduler.request_count,
+            )
+
+    def _tell_health(self) -> None:
+        """Serving goes on without the journal, but a watchdog may ask for it by name."""
+        is_on = self.journal.durability is Durability.ON
+        self._telling = asyncio.ensure_future(self._server.set_state(DURABILITY, serving=is_on))
 
     async def start(self) -> list[str]:
-        """Listen; returns the addresses with their real ports."""
+        """Take over what the journal has, and listen; returns the addresses with their real ports."""
+        self._restore()
         addresses = await self._server.start(self._config.listen, SERVICES)
         await self._server.set_serving(True)
+        await self._server.set_state(DURABILITY, serving=self.journal.durability is Durability.ON)
         return addresses
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Watch over the fleet until `stopping` is set, then drain."""
+        """Watch over the fleet until `stopping` is set, then drain; or until another scheduler has taken over."""
         watching = asyncio.create_task(self.fleet.watch())
-        stopped = asyncio.create_task(stopping.wait())
-        await asyncio.wait((watching, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not watching.done():
+        events = [asyncio.create_task(event.wait()) for event in (stopping, self.engine.is_fenced)]
+        await asyncio.wait((watching, *events), return_when=asyncio.FIRST_COMPLETED)
+        for event in events:
+            event.cancel()
+        if self.engine.is_fenced.is_set():
+            await self._server.set_serving(False)
+        elif not watching.done():
             await self._drain()
-            watching.cancel()
+        watching.cancel()
+        self.engine.close()
         self.fleet.close()
         await self._server.stop(_LAST_CHUNKS_S)
+        await self.journal.close()
         if not watching.cancelled() and watching.done():
             watching.result()  # a bug: nobody watched the leases any more
 
@@ -101,6 +164,8 @@ async def _serve(
     stopping = stop_event()
     app = SchedulerApp(config, model_name, fingerprint, tokenizer, defaults)
     addresses = await app.start()
+    if config.metrics_port:
+        serve_metrics(config.metrics_port, SchedulerMetrics(app.engine.scheduler, app.journal))
     log.info("scheduler ready", addresses=addresses, model=model_name)
     await app.run(stopping)
-    return 0
+    return 1 if app.engine.is_fenced.is_set() else 0

@@ -15,11 +15,13 @@ from common.errors import RefusedError, abort, invalid
 from common.tracing import parse_traceparent
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
+from scheduler_svc.answers import Answer, Piece, Reader, data_loss
 from scheduler_svc.core.request import FinishReason, TraceContext
-from scheduler_svc.door import Door, request_id_of
+from scheduler_svc.door import Door, content_hash, positions_of, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet, describe
-from scheduler_svc.output_stream import Answer, OutputStream, Piece
+from scheduler_svc.journal.journal import Durability, Journal
+from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.refuse_malformed import Malformed
 
 log = structlog.get_logger()
@@ -30,6 +32,18 @@ _BATCH_REQUESTS = 1024
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+_UNKNOWN = (
+    "its result has expired, nobody came back for it in time, or the scheduler was restarted without its journal or "
+    "with another model"
+)
+
+_DURABILITIES = {
+    Durability.OFF: fleet_pb2.DURABILITY_OFF,
+    Durability.ON: fleet_pb2.DURABILITY_ON,
+    Durability.LOST: fleet_pb2.DURABILITY_LOST,
 }
 
 
@@ -48,25 +62,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
         try:
-            answer = await self.accept(request, context)
+            reader = await self.accept(request, context)
         except RefusedError as error:
             await abort(context, error)
-        accepted = answer.request
+        accepted = reader.answer.request
         try:
             yield pb.GenerateResponse(request_id=accepted.request_id, prompt_token_count=accepted.prompt_count)
             failure = None
-            while failure is None and not answer.is_over:
-                stream, piece = await answer.next()
-                failure = _failure(answer, stream, piece)
+            while failure is None and not reader.is_over:
+                try:
+                    stream, piece = await reader.next()
+                except RefusedError as interruption:
+                    await abort(context, interruption)
+                failure = _failure(stream, piece)
                 if failure is None or piece.token_ids:
-                    yield _response(answer, stream, piece)
+                    yield _response(reader, stream, piece)
             if failure is not None:
-                for stream, piece in answer.rest():
+                for stream, piece in reader.rest():
                     if piece.token_ids:
-                        yield _response(answer, stream, piece)
+                        yield _response(reader, stream, piece)
                 await abort(context, failure)
         finally:
-            self.release(answer)
+            self._engine.answers.leave(reader)
 
     async def GenerateBatch(  # type: ignore[override]  # grpc.aio also takes handlers that read and write
         self,
@@ -89,6 +106,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if isinstance(request, Malformed):
             await abort(context, request.error)
         self._engine.cancel_id(request.request_id)
+        await self._engine.durable()  # a cancelled request does not come back after a restart
         return pb.CancelResponse()
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.GetModelResponse:
@@ -105,48 +123,69 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def accept(
         self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext, *, wait: bool = False
-    ) -> Answer:
-        """Let a request in. Raises `RefusedError`; with `wait`, a full queue is waited for instead."""
+    ) -> Reader:
+        """Let a request in, or read one that is in already. Raises `RefusedError`; with `wait`, a full queue is waited
+        for instead.
+        """
         if isinstance(message, Malformed):
             raise message.error
+        request_id = request_id_of(message)
+        positions = positions_of(message)
+        engine = self._engine
+        answer = await engine.known(request_id, content_hash(message)) if message.request_id else None
+        if answer is None and positions:
+            raise data_loss(request_id, _UNKNOWN)
+        if answer is None:
+            answer = await self._let_in(message, request_id, context, wait=wait)
+        reader = engine.answers.read(answer, positions)
+        try:
+            await engine.durable()
+        except BaseException:
+            engine.answers.leave(reader)
+            raise
+        return reader
+
+    async def _let_in(
+        self, message: pb.GenerateRequest, request_id: str, context: grpc.aio.ServicerContext, *, wait: bool
+    ) -> Answer:
         if not wait:
             self._engine.check_room(0)  # before the work of tokenizing
         remaining_s = context.time_remaining()
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
-        request_id = request_id_of(message)
         with self._engine.arriving(request_id):
-            request, texts = await self._door.request(
+            request, texts, terms = await self._door.request(
                 message, request_id, self._fleet.limits, deadline, _trace(context)
             )
             if wait:
-                await self._engine.wait_for_room(len(request.token_ids))
-            return self._engine.submit(request, texts)
+                await self._engine.wait_for_room(request_id, len(request.token_ids))
+            return self._engine.submit(request, texts, terms)
 
-    async def whole(self, answer: Answer) -> pb.GenerateOutput:
+    async def whole(self, reader: Reader) -> pb.GenerateOutput:
         """Read an answer to its end. Raises `RefusedError` when it ends badly."""
-        pieces: list[list[Piece]] = [[] for _ in answer.streams]
-        while not answer.is_over:
-            stream, piece = await answer.next()
-            pieces[stream.request.choice].append(piece)
-            failure = _failure(answer, stream, piece)
+        while not reader.is_over:
+            stream, piece = await reader.next()
+            failure = _failure(stream, piece)
             if failure is not None:
                 raise failure
+        answer = reader.answer
         return pb.GenerateOutput(
             request_id=answer.request.request_id,
             choices=[
                 pb.ChoiceOutput(
-                    text="".join(piece.text for piece in choice),
-                    token_ids=array("I", [token for piece in choice for token in piece.token_ids]).tobytes(),
-                    finish_reason=_FINISH_REASONS[choice[-1].finish_reason],
+                    text=stream.text,
+                    token_ids=stream.token_ids.tobytes(),
+                    finish_reason=_FINISH_REASONS[stream.finish_reason],
                 )
-                for choice in pieces
+                for stream in answer.streams
             ],
             usage=_usage(answer),
         )
 
-    def release(self, answer: Answer) -> None:
-        """Nobody reads an answer any more: end its request if it still runs."""
-        self._engine.cancel(answer.request)
+    def leave(self, reader: Reader, *, cancels: bool = False) -> None:
+        """A reader is gone. With `cancels` its request ends too, if it still runs."""
+        if cancels:
+            self._engine.cancel(reader.answer.request)
+        self._engine.answers.leave(reader)
 
 
 class _Batch:
@@ -157,7 +196,7 @@ class _Batch:
         self._context = context
         self._seen: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open: set[Answer] = set()
+        self._open: set[Reader] = set()
         self._unwritten = asyncio.Semaphore(_BATCH_REQUESTS)
         self._answers: asyncio.Queue[pb.GenerateBatchResponse | None] = asyncio.Queue()
 
@@ -171,12 +210,12 @@ class _Batch:
         await reading
 
     async def close(self) -> None:
-        """Cancel what still runs."""
+        """Stop reading what still runs."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for answer in self._open:
-            self._service.release(answer)
+        for reader in self._open:
+            self._service.leave(reader)
 
     async def _read(self) -> None:
         """Let one request in after the other: what the queue has no room for is not even read."""
@@ -189,12 +228,13 @@ class _Batch:
                     raise invalid(f"index {message.index} was used twice in this batch")
                 self._seen.add(message.index)
                 try:
-                    answer = await self._service.accept(message.request, self._context, wait=True)
+                    message.request.ClearField("resume_from")  # outputs come whole
+                    reader = await self._service.accept(message.request, self._context, wait=True)
                 except RefusedError as error:
                     self._refuse(message.index, message.request.request_id, error)
                     continue
-                self._open.add(answer)
-                task = asyncio.create_task(self._answer(message.index, answer))
+                self._open.add(reader)
+                task = asyncio.create_task(self._answer(message.index, reader))
                 for tasks in (answering, self._tasks):
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
@@ -203,15 +243,17 @@ class _Batch:
         finally:
             self._answers.put_nowait(None)
 
-    async def _answer(self, index: int, answer: Answer) -> None:
+    async def _answer(self, index: int, reader: Reader) -> None:
         try:
-            output = await self._service.whole(answer)
+            output = await self._service.whole(reader)
         except RefusedError as error:
-            self._service.release(answer)  # its other choices
-            self._refuse(index, answer.request.request_id, error)
+            is_interrupted = error.code is grpc.StatusCode.UNAVAILABLE
+            self._service.leave(reader, cancels=not is_interrupted)  # its other choices
+            self._refuse(index, reader.answer.request.request_id, error)
         else:
+            self._service.leave(reader)
             self._answers.put_nowait(pb.GenerateBatchResponse(index=index, output=output))
-        self._open.discard(answer)
+        self._open.discard(reader)
 
     def _refuse(self, index: int, request_id: str, error: RefusedError) -> None:
         failure = pb.RequestError(request_id=request_id, code=error.code_number, message=error.message)
@@ -221,10 +263,11 @@ class _Batch:
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     """Serves executors and operators."""
 
-    def __init__(self, fleet: Fleet, engine: Engine) -> None:
+    def __init__(self, fleet: Fleet, engine: Engine, journal: Journal) -> None:
         """Serve `fleet`."""
         self._fleet = fleet
         self._engine = engine
+        self._journal = journal
 
     async def Join(self, request: fleet_pb2.JoinRequest, context: grpc.aio.ServicerContext) -> fleet_pb2.JoinResponse:
         """Take an executor up or renew its lease."""
@@ -244,24 +287,37 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         return fleet_pb2.ListExecutorsResponse(
             executors=[describe(member, self._engine) for member in members],
             waiting_request_count=self._engine.scheduler.waiting_count,
+            epoch=self._fleet.epoch,
+            durability=_DURABILITIES[self._journal.durability],
+            journal_bytes=self._journal.byte_count,
         )
 
+    async def Drain(
+        self, request: fleet_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> fleet_pb2.DrainResponse:
+        """Take an executor out of service."""
+        try:
+            self._fleet.drain(request.executor_id, request.finish_within_s)
+        except RefusedError as error:
+            await abort(context, error)
+        return fleet_pb2.DrainResponse()
 
-def _response(answer: Answer, stream: OutputStream, piece: Piece) -> pb.GenerateResponse:
+
+def _response(reader: Reader, stream: OutputStream, piece: Piece) -> pb.GenerateResponse:
     """A piece of the answer as its message; the last one has the usage."""
-    ended_well = answer.is_over and piece.finish_reason in _FINISH_REASONS
+    ended_well = reader.is_over and piece.finish_reason in _FINISH_REASONS
     return pb.GenerateResponse(
         text=piece.text,
         token_ids=array("I", piece.token_ids).tobytes(),
-        output_token_count=stream.output_token_count,
-        text_length=stream.text_length,
+        output_token_count=piece.output_token_count,
+        text_length=piece.text_length,
         finish_reason=_FINISH_REASONS.get(piece.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
-        usage=_usage(answer) if ended_well else None,
+        usage=_usage(reader.answer) if ended_well else None,
         choice=stream.request.choice,
     )
 
 
-def _failure(answer: Answer, stream: OutputStream, piece: Piece) -> RefusedError | None:
+def _failure(stream: OutputStream, piece: Piece) -> RefusedError | None:
     """The status of a request of which this piece, the last of a choice, did not end well."""
     request, reason = stream.request, piece.finish_reason
     if reason is FinishReason.CANCELLED:

@@ -1,18 +1,27 @@
 """Plans to bytes, results from bytes: the core's values on the step stream."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from common.token_hashes import hash_tokens
 from paceline.internal.v1 import executor_pb2 as pb
-from scheduler_svc.core.plan import NewRequest, Plan, ProtocolError, Result
-from scheduler_svc.core.request import TraceContext
+from scheduler_svc.core.plan import HeldAttempt, HeldState, Inventory, NewRequest, Plan, ProtocolError, Result
+from scheduler_svc.core.request import Request, TraceContext
 
 
-def encode_plan(plan: Plan) -> pb.Plan:
-    """Put a plan into its message; nothing is written for a request that goes on decoding."""
-    message = pb.Plan(step=plan.step, sampling_row_count=len(plan.rows))
+def encode_plan(plan: Plan, acknowledged_step: int = 0) -> pb.Plan:
+    """Put a plan into its message; nothing is written for a request that goes on decoding.
+
+    `acknowledged_step` is told with it, unless it is 0.
+    """
+    message = pb.Plan(
+        step=plan.step,
+        sampling_row_count=len(plan.rows),
+        acknowledged_step=acknowledged_step,
+        announces=plan.announces,
+    )
     if plan.dropped_slots:
         message.dropped_slots = _uint16(plan.dropped_slots)
     if plan.copies:
@@ -44,7 +53,52 @@ def decode_result(message: pb.StepResult) -> Result:
     errors = {error.slot: error.message for error in message.errors} if message.errors else {}
     timings = message.timings
     seconds = (timings.prepare_us + timings.forward_us + timings.sample_us) / 1e6
-    return Result(message.step, np.frombuffer(message.token_ids, dtype="<i4").tolist(), errors, seconds)
+    out_of_memory = frozenset(error.slot for error in message.errors if error.out_of_memory) if errors else frozenset()
+    token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()
+    return Result(message.step, token_ids, errors, seconds, out_of_memory)
+
+
+def decode_inventory(message: pb.Attached, find: Callable[[str, int], Request | None]) -> Inventory:
+    """Read what an executor still has; `find` knows the requests that have not ended, by id and choice.
+
+    What it has of a request counts only if it has computed the very tokens that are known here, or more of them. Raises
+    `ProtocolError` when a field cannot be read.
+    """
+    return Inventory(message.last_step, tuple(_decode_held(held, find) for held in message.held))
+
+
+_HELD_STATES = {
+    pb.HELD_STATE_CATCHING_UP: HeldState.CATCHING_UP,
+    pb.HELD_STATE_DECODING: HeldState.DECODING,
+}
+
+
+def _decode_held(message: pb.HeldAttempt, find: Callable[[str, int], Request | None]) -> HeldAttempt:
+    fields = (message.output_ids, *message.block_tables)
+    if any(len(data) % 4 for data in fields):
+        raise ProtocolError(f"the inventory of request '{message.request_id}' has a field that is cut off")
+    request = find(message.request_id, message.choice)
+    if request is not None and not _has_the_same_tokens(request, message):
+        request = None
+    return HeldAttempt(
+        request=request,
+        slot=message.slot if message.HasField("slot") else None,
+        attempt=message.attempt,
+        output_ids=array("I", message.output_ids),
+        computed_count=message.computed_count,
+        state=_HELD_STATES.get(message.state, HeldState.HALTED),
+        block_tables=tuple(tuple(np.frombuffer(table, dtype="<u4").tolist()) for table in message.block_tables),
+        error="" if message.out_of_memory else message.error,  # it may run elsewhere
+    )
+
+
+def _has_the_same_tokens(request: Request, message: pb.HeldAttempt) -> bool:
+    """Whether the executor's tokens are the request's, perhaps with some more generated at the end."""
+    if request.key != message.key:
+        return False  # a request with the same id, before this one
+    known = request.output_ids.tobytes()
+    prompt = request.token_ids[: request.prompt_count].tobytes()
+    return message.output_ids.startswith(known) and message.tokens_hash == hash_tokens(prompt, message.output_ids)
 
 
 def encode_trace(trace: TraceContext | None) -> pb.TraceContext | None:
@@ -60,6 +114,7 @@ def _encode_new_request(request: NewRequest) -> pb.NewRequest:
         slot=request.slot,
         request_id=request.request_id,
         attempt=request.attempt,
+        key=request.key,
         token_ids=_uint32(request.token_ids),
         output_count=request.output_count,
         computed_count=request.computed_count,

@@ -35,7 +35,7 @@ class System:
     def add_executor(self, config=FAST, runner=None, name="e"):
         """Start an executor that joins; returns the task that runs it. Cancelling the task is a kill."""
         config = replace(config, scheduler=self.address, executor_id=name, drain_timeout_s=5)
-        task = asyncio.create_task(run_executor(config, runner or FakeRunner(config)))
+        task = asyncio.create_task(run_executor(config, runner or FakeRunner(config)), name=name)
         self.tasks.add(task)
         return task
 
@@ -94,6 +94,7 @@ async def started(executor_count=1, executor=FAST, model="fake", **settings):
     async with AsyncExitStack() as stack:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
         system = System(app, address, channel, stopping)
+        system.running = running
         try:
             for number in range(executor_count):
                 system.add_executor(executor, name=f"e{number}")

@@ -13,7 +13,17 @@ STUBS = {"paceline.v1", "paceline.internal"}
 # Package -> what it may import beside the standard library and itself. A name covers what is below it.
 ALLOWED = {
     "scheduler_svc/core": {"numpy"},
-    "scheduler_svc": {"common", "google", "grpc", "jinja2", "numpy", "structlog", "tokenizers", *STUBS},
+    "scheduler_svc": {
+        "common",
+        "google",
+        "grpc",
+        "jinja2",
+        "numpy",
+        "prometheus_client",
+        "structlog",
+        "tokenizers",
+        *STUBS,
+    },
     "executor_svc": {
         "common",
         "gguf",
@@ -29,7 +39,16 @@ ALLOWED = {
         "transformers",
         *STUBS,
     },
-    "common": {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "structlog", "uvloop"},
+    "common": {
+        "google",
+        "grpc",
+        "grpc_health",
+        "grpc_reflection",
+        "grpc_status",
+        "prometheus_client",
+        "structlog",
+        "uvloop",
+    },
     "client/paceline": {"google", "grpc"},
     "paceline_cli": {
         "common",

@@ -49,6 +49,14 @@ class BlockPool:
         del self._offered[group][content]
         return block
 
+    def claim(self, block_ids: Iterable[int]) -> None:
+        """Let block tables name these blocks, as often as each comes, whatever they hold: they do so on the executor
+        already. Called once, while all blocks are free.
+        """
+        for block in block_ids:
+            self._references[block] += 1
+        self._free = [block for block in self._free if not self._references[block]]
+
     def share(self, block_ids: Iterable[int]) -> None:
         """Let one more block table name these blocks, held or found."""
         for block in block_ids:

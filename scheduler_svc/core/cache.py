@@ -96,6 +96,20 @@ class Cache:
         """Give the request empty tables."""
         request.tables = tuple(BlockTable() for _ in self.groups)
 
+    def seen_tables(self, block_tables: Sequence[Sequence[int]], token_count: int) -> tuple[BlockTable, ...]:
+        """Block tables as an executor has them, without what no token after the first `token_count` sees."""
+        tables = []
+        for group, entries in zip(self.groups, block_tables, strict=True):
+            first = min(group.first_block(token_count), len(entries))
+            tables.append(BlockTable(first, list(entries[first:]), offered=first))
+        return tuple(tables)
+
+    def take_over(self, request: Request, tables: tuple[BlockTable, ...], token_count: int) -> None:
+        """Give the request tables over claimed blocks, in which its first `token_count` tokens are computed."""
+        request.tables = tables
+        request.computed_count = request.planned_count = token_count
+        self.settle(request)
+
     def append(self, request: Request, token_count: int) -> list[tuple[int, int]]:
         """Take the blocks that its first `token_count` tokens need; returns (layer group, block) pairs."""
         appended: list[tuple[int, int]] = []

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler_svc.core.cache import Cache, FoundPrefix
+from scheduler_svc.core.layer_groups import BlockTable
 from scheduler_svc.core.outlook import steps_until_full
-from scheduler_svc.core.plan import Capacity, Chunk, Plan
+from scheduler_svc.core.plan import Capacity, Chunk, HeldAttempt, HeldState, Plan
 from scheduler_svc.core.request import Request, RequestState
 from scheduler_svc.core.slots import Slots
 from scheduler_svc.core.step_times import StepTimes
@@ -62,6 +63,8 @@ class Executor:
         self.step = 0  # of the plan sent last
         self.in_flight: deque[Plan] = deque()  # sent and not answered, oldest first; at most PLANS_IN_FLIGHT
         self.unsettled: deque[tuple[int, Request]] = deque()  # preempted, to be queued when this step is answered
+        self.suspects: set[Request] = set()  # running; one of them may have killed an executor, see `computing`
+        self.started_step = 0  # the last step of which the executor said that it begins
         self.changed_at = 0  # count of changes, over all executors, at which it last may have got room
         self.known_count = 0  # tokens that requests placed here had to have in the cache before their next token
         self.reused_count = 0  # ... and that were there already
@@ -200,18 +203,46 @@ class Executor:
         if request.unforked_count:
             self.forking.add(request)
 
+    def take_over(self, attempts: list[HeldAttempt]) -> None:
+        """Go on with what the executor still has of requests, in their slots and on their blocks."""
+        tables = [self.cache.seen_tables(held.block_tables, held.computed_count) for held in attempts]
+        self.cache.pool.claim(block for own in tables for table in own for block in table.block_ids)
+        for held, own in zip(attempts, tables, strict=True):
+            self._take_over(held, own)
+
+    def _take_over(self, held: HeldAttempt, tables: tuple[BlockTable, ...]) -> None:
+        request = held.request
+        assert request is not None
+        assert held.slot is not None
+        decoding = held.state is HeldState.DECODING
+        self.cache.take_over(request, tables, held.computed_count)
+        self.slots.take_over(held.slot, request, held.computed_count, decoding=decoding)
+        self._note_running(request, held.slot)
+        if not decoding:
+            self._note_catching_up(request)
+        if request.unforked_count:
+            self.forking.add(request)
+
     def fork(self, parent: Request, child: Request) -> None:
         """Place a choice here, on the blocks of what `parent` has computed of their prompt."""
         self.cache.fork(parent, child, parent.computed_count)
         self._settle_in(child)
 
     def _settle_in(self, request: Request) -> None:
+        self._note_running(request, self.slots.take(request))
+        self.starting.add(request)
+        self._note_catching_up(request)
+
+    def _note_running(self, request: Request, slot: int) -> None:
         request.executor = self
-        request.slot = self.slots.take(request)
+        request.slot = slot
         self.slots.note_room(request)
         self.running.add(request)
         self._weakest = None
-        self.starting.add(request)
+        if request.is_suspect:
+            self.suspects.add(request)
+
+    def _note_catching_up(self, request: Request) -> None:
         bisect.insort(self.catching_up, request, key=lambda other: other.rank)
         self.backlog_count += len(request.token_ids) - request.planned_count
         self._promise(request)
@@ -223,6 +254,7 @@ class Executor:
             self.backlog_count -= len(request.token_ids) - request.planned_count
         self.starting.discard(request)
         self.forking.discard(request)
+        self.suspects.discard(request)
         self.running.remove(request)
         self._weakest = None
         self.outgrown_by = None
@@ -338,6 +370,38 @@ class Executor:
         """A chunk of the plan that is being made computes these; see `Cache.units`."""
         self.on_their_way.update(units)
 
+    def computing(self) -> tuple[set[Request], Request | None]:
+        """Who the executor may be computing now; and who of them must be to blame if one is: the only suspect, else the
+        only one who was not decoding before, else the only one.
+        """
+        plans = self._running_plans()
+        chunked = {chunk.request for plan in plans for chunk in plan.chunks}
+        computing = {r for r in (*chunked, *(row for plan in plans for row in plan.rows)) if r.executor is self}
+        suspects = {request for request in computing if request.is_suspect}
+        prime = suspects or chunked & computing or computing
+        return computing, next(iter(prime)) if len(prime) == 1 else None
+
+    def _running_plans(self) -> list[Plan]:
+        """The plans of which the executor may be running one: a result may be in the process still when the next plan
+        runs. Where it is to say that it begins, that is known.
+        """
+        running: list[Plan] = []
+        for plan in self.in_flight:
+            if not plan.announces:
+                running.append(plan)
+            elif self.started_step >= plan.step:
+                running = [plan]
+            else:
+                break
+        return running
+
+    def clear_suspects(self, tokens: list[tuple[Request, int]]) -> None:
+        """Who got a token did not kill this executor with it."""
+        for request, _ in tokens:
+            self.suspects.discard(request)
+            request.is_suspect = False
+            request.kill_count = 0
+
     def take_answered(self) -> Plan:
         """The oldest plan in flight, which is answered now."""
         plan = self.in_flight.popleft()
@@ -366,6 +430,7 @@ class Executor:
         assert set(self.catching_up) <= self.running, "a request catches up without running"
         assert self.catching_up == sorted(self.catching_up, key=lambda r: r.rank), "the stronger claim is not first"
         assert self.starting <= set(self.catching_up), "a request started, unknown to the executor, and is planned"
+        assert self.suspects == {r for r in self.running if r.is_suspect}, "the suspects are not those who run"
         assert self.forking == {r for r in self.running if r.unforked_count}, "choices wait for who is not here"
         assert self.backlog_count == sum(len(r.token_ids) - r.planned_count for r in self.catching_up)
         assert self.held_count == sum(self.holding.values()), "held tokens do not add up"

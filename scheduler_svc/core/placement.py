@@ -97,6 +97,13 @@ class Placement:
         self.queue.push(request)
         self._is_due = True
 
+    def withdraw(self, request: Request) -> None:
+        """A request that waits here, or was about to, is placed without being asked for: its executor came back."""
+        if request in self.stranded:
+            self.remove_ended(request)
+        else:
+            self.queue.withdraw(request)
+
     def look_again(self) -> None:
         """Something changed that concerns no executor in particular."""
         self._is_due = True

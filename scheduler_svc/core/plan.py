@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ class NewRequest:
     slot: int
     request_id: str
     attempt: int
+    key: int  # the caller's number for it
+    placement_count: int  # how often it was placed, this time included
     token_ids: array[int]  # a copy: prompt and outputs known when the plan was made
     output_count: int
     computed_count: int  # of these tokens, those whose keys and values are in its blocks already
@@ -73,6 +76,7 @@ class Plan:
     rows: list[Request]  # [S] who they are
     last_rows: list[int]  # of the rows, those whose token is the last that their request asked for
     planned_at: float
+    announces: bool  # whether the executor says when it begins: a request in it is suspected of killing executors
     settling: list[int]  # of the rows, those whose blocks change hands with the result: one is full, or slid out
 
     @property
@@ -95,14 +99,45 @@ class Result:
     token_ids: list[int]  # one for each row of the plan; -1 where the executor had stopped the row, or it failed
     errors: dict[int, str] = field(default_factory=dict)  # slot -> what went wrong there
     seconds: float = 0.0  # that the executor worked on it
+    out_of_memory: frozenset[int] = frozenset()  # those of `errors` that only lacked memory, and may run elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a result means for requests: tokens first, then ends."""
+    """What a result, or an executor that came back, means for requests: tokens first, then ends."""
 
-    tokens: list[tuple[Request, int]]  # in the order of the plan's rows; at most one for each request
+    tokens: list[tuple[Request, int]]  # a result has at most one for each request, in the order of the plan's rows
     finished: list[Request]
+
+
+class HeldState(Enum):
+    """What an attempt that an executor holds would do next."""
+
+    CATCHING_UP = "catching up"  # waits for a chunk
+    DECODING = "decoding"  # computes the token sampled last in every step
+    HALTED = "halted"  # computes nothing more
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAttempt:
+    """An attempt at a request that an executor still has when it is attached again."""
+
+    request: Request | None  # None: it is not known here, or with other tokens
+    slot: int | None  # None: it lost its slot, and is here for its output alone
+    attempt: int
+    output_ids: array[int]  # generated so far; begins with what is known here
+    computed_count: int  # tokens whose keys and values are in its blocks
+    state: HeldState
+    block_tables: tuple[tuple[int, ...], ...]  # by layer group; entries that are not seen any more may be stale
+    error: str = ""  # why it failed there, for good
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What an executor still has when it is attached again. Blocks that nothing with a slot names are free."""
+
+    last_step: int
+    held: tuple[HeldAttempt, ...]
 
 
 class ProtocolError(Exception):

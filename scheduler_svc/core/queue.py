@@ -62,6 +62,19 @@ class WaitingQueue:
         assert taken is request, "it was not the turn of the request that is taken"
         self._leave(request)
 
+    def withdraw(self, request: Request) -> bool:
+        """Take a request out of the middle, whether it was its turn or not; False when it is not queued.
+
+        Costs the length of its line.
+        """
+        line = self._lines.get(self._policy.line(request))
+        if line is None or (request.rank, request) not in line.heap:
+            return False
+        line.heap.remove((request.rank, request))
+        heapq.heapify(line.heap)
+        self._leave(request)
+        return True
+
     def skip(self, request: Request) -> None:
         """Look past the request that `first` has just returned, until `unskip`. It still waits in its line."""
         heapq.heappop(self._lines[self._policy.line(request)].heap)

@@ -19,7 +19,9 @@ Rank = tuple[float, ...]
 class RequestState(Enum):
     """Where a request is."""
 
-    WAITING = "waiting"  # queued, preempted with results still to come, or to be forked; holds no blocks and no slot
+    # Queued, kept for an executor that may come back, preempted with results still to come, or to be forked. Holds no
+    # blocks and no slot.
+    WAITING = "waiting"
     RUNNING = "running"  # placed; holds a slot, and a block for every computed and planned token that is still seen
     FINISHED = "finished"  # has a finish reason; holds no blocks and no slot
 
@@ -78,6 +80,7 @@ class Request:
     cache_salt: str = ""  # requests with different salts never share blocks
     choice: int = 0  # which of the continuations of one prompt
     trace: TraceContext | None = None
+    key: int = 0  # the caller's number for it; means nothing here
 
     # Kept by the scheduler:
     state: RequestState = RequestState.WAITING
@@ -101,6 +104,10 @@ class Request:
     promised_count: int = 0  # blocks kept for it on its executor while it catches up
     hashes: list[bytes] = field(default_factory=list)  # of its first runs of `hashed_size` tokens, as far as needed
     hashed_size: int = 0
+    awaits: str = ""  # executor that may come back with it, or ""; only while WAITING, see `Absence`
+    is_suspect: bool = False  # an executor died while it computed this request, which has had no token since
+    kill_count: int = 0  # executors that, as far as can be told, it alone can have killed; 0 unless it is a suspect
+    starved_at: int = -1  # its output count when a device lacked memory for it
     placed_at: float | None = None  # first placement
     reused_count: int = 0  # prompt tokens that were in the cache when it was first placed
     finish_reason: FinishReason | None = None  # set exactly when FINISHED

@@ -1,13 +1,24 @@
 """The scheduler: events in, plans and outputs out, time as an argument."""
 
-import heapq
 import math
+from collections.abc import Sequence
 
+from scheduler_svc.core.absence import KILL_LIMIT, Absence, can_go_on, check_inventory, kill_message
 from scheduler_svc.core.executor import Executor, most_blocks
+from scheduler_svc.core.moments import Moments, too_late_message
 from scheduler_svc.core.placement import Placement
-from scheduler_svc.core.plan import Capacity, NeverFitsError, Outputs, Plan, ProtocolError, Result
+from scheduler_svc.core.plan import (
+    Capacity,
+    HeldAttempt,
+    Inventory,
+    NeverFitsError,
+    Outputs,
+    Plan,
+    Result,
+)
 from scheduler_svc.core.policies import Policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
+from scheduler_svc.core.results import answered_plan, owners_of, settle_blocks
 from scheduler_svc.core.step_plan import StepPlanner, grow_decoding
 
 
@@ -29,17 +40,23 @@ class Scheduler:
         self._reuse = reuse
         self._requests: dict[str, Request] = {}  # by id, choice 0 of every request that has not ended
         self._placement = Placement(self.policy)
+        self._absences: dict[str, Absence] = {}  # by executor id; none of `executors`
         self._capacities: dict[Capacity, None] = {}  # of all executors that ever joined
-        self._moments: list[tuple[float, int, Request]] = []  # a heap of (when `expire` has to look, arrival, request)
-        self._ended_moment_count = 0  # how many of them have ended: never the majority for long
+        self._moments = Moments()
         self._arrival_count = 0
 
     # --- requests -----------------------------------------------------------------------------------------------
 
     @property
     def waiting_count(self) -> int:
-        """Requests that wait to be placed."""
-        return len(self._placement.queue) + len(self._placement.stranded)
+        """Requests that wait to be placed, or for an executor to come back."""
+        absent_count = sum(len(absence.requests) for absence in self._absences.values())
+        return len(self._placement.queue) + len(self._placement.stranded) + absent_count
+
+    @property
+    def stranded_count(self) -> int:
+        """Requests that no executor that is here could ever hold."""
+        return len(self._placement.stranded)
 
     @property
     def waiting_token_count(self) -> int:
@@ -62,15 +79,39 @@ class Scheduler:
         the first has joined it waits.
         """
         self._check_fits(request)
+        self._register(request)
+        self._placement.push(request)
+
+    def restore(self, request: Request, owners: Sequence[str]) -> None:
+        """Take up a request that an earlier life of the scheduler has accepted, with what it had generated.
+
+        `owners` are the executors that had its choices, "" for none: these are waited for until `resume` or `give_up`.
+        Of the choices some may have ended.
+        """
+        self._register(request)
+        begun = any(choice.output_count or choice.state is RequestState.FINISHED for choice in request.family)
+        if begun or any(owners[1:]):
+            request.unforked_count = 0
+            for choice in request.family[1:]:
+                choice.token_ids = choice.token_ids[:]  # the prompt was one and the same until now
+        for choice, owner in zip(request.family, owners, strict=True):
+            if choice.state is RequestState.FINISHED or choice.is_unforked:
+                continue
+            if owner and owner not in self.executors:
+                self._await(choice, owner)
+            else:
+                self._placement.push(choice)
+
+    def _register(self, request: Request) -> None:
         self._requests[request.request_id] = request
         for choice in request.family:
             choice.arrival = self._arrival_count
             choice.rank = self.policy.rank(choice)
             self._arrival_count += 1
-            if choice.deadline != math.inf:  # a policy that looks ahead looks at once
-                moment = -math.inf if self.policy.sheds else choice.deadline
-                heapq.heappush(self._moments, (moment, choice.arrival, choice))
-        self._placement.push(request)
+            if choice.deadline != math.inf and choice.state is not RequestState.FINISHED:
+                self._moments.add(
+                    choice, -math.inf if self.policy.sheds else choice.deadline
+                )  # who sheds looks at once
 
     def _check_fits(self, request: Request) -> None:
         needs = [(most_blocks(capacity, request), capacity.block_count) for capacity in self._capacities]
@@ -101,6 +142,8 @@ class Scheduler:
             executor = request.executor
             executor.release(request)
             self._placement.note_change(executor)
+        elif request.awaits:
+            self._stop_awaiting(request)
         elif was_waiting and not request.is_unforked and not self._is_unsettled(request):
             self._placement.remove_ended(request)
         del request.token_ids[request.prompt_count + output_count :]
@@ -109,9 +152,15 @@ class Scheduler:
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._placement.lengths.note_ended(output_count, request.max_output_count)
         if request.deadline != math.inf:
-            self._note_moment_ended()
+            self._moments.note_ended()
         if request.has_ended:
             del self._requests[request.request_id]
+
+    def _end(self, request: Request, reason: FinishReason, error: str) -> list[Request]:
+        """End a request with what it has; returns it and those that end with it, who waited to be forked from it."""
+        choices = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
+        self.finish(request, request.output_count, reason, error)
+        return [choice for choice in choices if choice.state is RequestState.FINISHED]
 
     def cancel(self, request: Request) -> None:
         """End a request that nobody wants any more, with all its choices."""
@@ -123,33 +172,25 @@ class Scheduler:
     def expire(self, now: float) -> list[Request]:
         """End the requests whose deadline has passed, or which cannot meet it any more; returns them."""
         expired: list[Request] = []
-        while (moment := self.next_moment) is not None and moment <= now:
-            request = self._moments[0][2]
+        while (due := self._moments.first()) is not None and due[0] <= now:
+            request = due[1]
             if (moment := self._placement.last_moment(request, now)) > now:
-                heapq.heapreplace(self._moments, (moment, request.arrival, request))
+                self._moments.put_off(moment)
                 continue
-            choices = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
-            self.finish(request, request.output_count, FinishReason.DEADLINE, _too_late(request, now))
-            expired += [choice for choice in choices if choice.state is RequestState.FINISHED]
+            expired += self._end(request, FinishReason.DEADLINE, too_late_message(request, now))
         return expired
 
     @property
     def next_moment(self) -> float | None:
         """When `expire` has something to look at: the earliest deadline, or the last moment to start somebody."""
-        while self._moments and self._moments[0][2].state is RequestState.FINISHED:
-            heapq.heappop(self._moments)
-            self._ended_moment_count -= 1
-        return self._moments[0][0] if self._moments else None
-
-    def _note_moment_ended(self) -> None:
-        """A request with a deadline has ended; let go of the ended ones when they become the majority."""
-        self._ended_moment_count += 1
-        if self._ended_moment_count > len(self._moments) // 2 + 16:
-            self._moments = [entry for entry in self._moments if entry[2].state is not RequestState.FINISHED]
-            heapq.heapify(self._moments)
-            self._ended_moment_count = 0
+        due = self._moments.first()
+        return due[0] if due else None
 
     # --- executors ----------------------------------------------------------------------------------------------
+
+    def expect(self, capacity: Capacity) -> None:
+        """An executor of this size has joined and is not attached yet: what fits there may wait for it."""
+        self._capacities[capacity] = None
 
     def join(self, executor_id: str, capacity: Capacity) -> None:
         """Take up an executor that is attached and empty."""
@@ -168,21 +209,150 @@ class Scheduler:
             self._placement.note_change(executor)
             self._placement.call_back_stranded()
 
-    def lose(self, executor_id: str) -> list[Request]:
+    def hand_over(self, executor_id: str) -> None:
+        """Take everybody off an executor that drains: they go on elsewhere."""
+        executor = self.executors[executor_id]
+        assert executor.draining, f"executor {executor_id!r} hands over and does not drain"
+        for request in sorted(executor.running, key=lambda request: request.rank):
+            self._placement.preempt(executor, request)
+
+    def lose(self, executor_id: str, *, died: bool = False, may_return: bool = False) -> list[Request]:
         """Give up an executor with everything on it. Its requests wait again, in their old order; returns them.
 
-        Results of its plans that come later belong to attempts that are over: do not apply them.
+        Where the process `died`, those that it computed are suspects: they catch up one after the other, and who has
+        killed two ends instead. One that `may_return` is waited for, until `resume` or `give_up`. Results of its plans
+        that come later belong to attempts that are over: do not apply them.
         """
         executor = self.executors.pop(executor_id)
         self._placement.remove_executor(executor)
-        coming_back = executor.coming_back()
-        lost = sorted(executor.running, key=lambda request: request.rank)
+        computing, prime_suspect = executor.computing()
+        lost = sorted(executor.running, key=lambda request: request.rank) + executor.coming_back()
         for request in lost:
-            executor.release(request)
-            request.state = RequestState.WAITING
-        for request in lost + coming_back:
+            if request.state is RequestState.RUNNING:
+                executor.release(request)
+                request.state = RequestState.WAITING
+            self._await(request, executor_id)
+        if lost:
+            self._absences[executor_id].computing = computing
+            self._absences[executor_id].prime_suspect = prime_suspect
+        return lost if may_return else self.give_up(executor_id, died=died)
+
+    def give_up(self, executor_id: str, *, died: bool = False) -> list[Request]:
+        """Wait no longer for an executor to come back: its requests are queued, in their old order; returns them.
+
+        Where it `died`, who has killed two ends instead, and is returned after the others.
+        """
+        absence = self._absences.pop(executor_id, Absence())
+        ended: list[Request] = []
+        for request in absence.requests:
+            request.awaits = ""
+            request.is_suspect |= died and request in absence.computing
+            request.kill_count += died and request is absence.prime_suspect
             self._placement.push(request)
-        return lost + coming_back
+            if request.kill_count >= KILL_LIMIT:
+                ended += self._end(request, FinishReason.ERROR, kill_message(request))
+        return [request for request in absence.requests if request.state is RequestState.WAITING] + ended
+
+    @property
+    def absent(self) -> list[str]:
+        """Executors that somebody waits for."""
+        return list(self._absences)
+
+    def _await(self, request: Request, executor_id: str) -> None:
+        request.awaits = executor_id
+        self._absences.setdefault(executor_id, Absence()).requests[request] = None
+
+    def _stop_awaiting(self, request: Request) -> None:
+        absence = self._absences[request.awaits]
+        del absence.requests[request]
+        absence.computing.discard(request)
+        request.awaits = ""
+        if not absence.requests:
+            self._absences = {name: other for name, other in self._absences.items() if other is not absence}
+
+    def resume(self, executor_id: str, capacity: Capacity, inventory: Inventory) -> Outputs:
+        """Take up an executor that is attached with what it held before, and go on with it where that is possible.
+
+        Tokens that it had generated and nobody knew count. Everything else that it has is forgotten there with its next
+        plan; of the requests that waited for it, those that it does not have are queued. Raises `ProtocolError` when
+        the inventory makes no sense; nothing was changed then.
+        """
+        check_inventory(inventory, capacity)
+        self.join(executor_id, capacity)
+        executor = self.executors[executor_id]
+        executor.step = inventory.last_step
+        outputs = Outputs(tokens=[], finished=[])
+        waiting = self._call_home(inventory, executor_id)
+        for held in inventory.held:
+            if held.request in waiting and held.request.state is RequestState.WAITING:
+                self._take_output(held, outputs)
+        self.policy.note_tokens(outputs.tokens)
+        going_on = [held for held in inventory.held if held.request in waiting and can_go_on(held)]
+        for held in going_on:
+            self._go_on(held)
+        executor.take_over(going_on)
+        for held in inventory.held:
+            if held.slot is not None and executor.slots.owners[held.slot] is None:
+                executor.slots.empty(held.slot)
+        self._placement.note_change(executor)
+        self.give_up(executor_id)
+        return outputs
+
+    def _call_home(self, inventory: Inventory, executor_id: str) -> set[Request]:
+        """Let those that the executor has, and that are nowhere else, wait for it alone; returns them."""
+        known = (held.request for held in inventory.held)
+        waiting = {r for r in known if r is not None and r.state is RequestState.WAITING and not self._is_unsettled(r)}
+        for held in inventory.held:
+            if held.request in waiting and (held.request.choice or held.output_ids):
+                self._note_forked(held.request.family[0])
+        for request in waiting:
+            if request.awaits:
+                self._stop_awaiting(request)
+            else:
+                self._placement.withdraw(request)
+            self._await(request, executor_id)
+        return waiting
+
+    def _note_forked(self, parent: Request) -> None:
+        """The choices of a request were forked before the scheduler restarted: an executor holds one that was."""
+        if not parent.unforked_count:
+            return
+        parent.unforked_count = 0
+        if parent.executor is not None:
+            parent.executor.forking.discard(parent)
+        for choice in parent.choices[1:]:
+            if choice.state is RequestState.WAITING:
+                choice.token_ids = parent.token_ids[: parent.prompt_count]
+                self._placement.push(choice)
+
+    def _take_output(self, held: HeldAttempt, outputs: Outputs) -> None:
+        """Append what was generated there and is not known here, and end what ended with it."""
+        request = held.request
+        assert request is not None
+        if held.output_ids[: request.output_count] != request.output_ids:
+            return  # another attempt, of which it was told before this one, went another way
+        for token in held.output_ids[request.output_count :]:
+            request.token_ids.append(token)
+            request.is_suspect, request.kill_count = False, 0
+            outputs.tokens.append((request, token))
+            if token in request.stop_token_ids:
+                self.finish(request, request.output_count, FinishReason.STOP)
+            elif request.output_count == request.max_output_count:
+                self.finish(request, request.output_count, FinishReason.LENGTH)
+            if request.state is RequestState.FINISHED:
+                break
+        if request.state is RequestState.FINISHED:
+            outputs.finished.append(request)
+        elif held.error and held.attempt == request.attempt:
+            outputs.finished.extend(self._end(request, FinishReason.ERROR, held.error))
+
+    def _go_on(self, held: HeldAttempt) -> None:
+        request = held.request
+        assert request is not None
+        self._stop_awaiting(request)
+        request.state = RequestState.RUNNING
+        request.attempt = held.attempt
+        request.placement_count = max(1, request.placement_count)
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -241,18 +411,18 @@ class Scheduler:
         Raises `ProtocolError` when the result does not answer that plan; nothing was changed then.
         """
         executor = self.executors[executor_id]
-        plan = _answered_plan(executor, result)
+        plan = answered_plan(executor, result)
         executor.take_answered()
         if result.seconds:
             executor.step_times.observe(plan.token_count, result.seconds, plan.planned_at)
         outputs = Outputs(tokens=[], finished=[])
-        _settle_blocks(executor, plan, result)
+        settle_blocks(executor, plan, result)
         self._append_tokens(plan, result.token_ids, outputs)
         self.policy.note_tokens(outputs.tokens)
-        for request, message in _failed_requests(plan, result):
-            choices = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
-            self.finish(request, request.output_count, FinishReason.ERROR, message)
-            outputs.finished.extend(choice for choice in choices if choice.state is RequestState.FINISHED)
+        if executor.suspects:
+            executor.clear_suspects(outputs.tokens)
+        if result.errors:
+            self._take_errors(executor, plan, result, outputs)
         self._placement.settle(executor, plan.step)
         if plan.settling or plan.chunks:
             self._placement.note_change(executor)
@@ -277,6 +447,20 @@ class Scheduler:
                 self.finish(request, request.output_count, FinishReason.LENGTH)
                 outputs.finished.append(request)
 
+    def _take_errors(self, executor: Executor, plan: Plan, result: Result, outputs: Outputs) -> None:
+        """End the requests that failed. One that only lacked memory moves, the first time."""
+        owners = owners_of(plan)
+        for slot, message in result.errors.items():
+            request = owners[slot]
+            if request.state is RequestState.FINISHED:
+                continue
+            if slot in result.out_of_memory and request.executor is executor:
+                has_moved, request.starved_at = request.starved_at == request.output_count, request.output_count
+                if not has_moved:
+                    self._placement.preempt(executor, request)
+                    continue
+            outputs.finished.extend(self._end(request, FinishReason.ERROR, message))
+
     # --- checks -------------------------------------------------------------------------------------------------
 
     def _is_unsettled(self, request: Request) -> bool:
@@ -291,13 +475,14 @@ class Scheduler:
             executor.check_invariants()
             running |= executor.running
             coming_back |= set(executor.coming_back())
+        absent = self._check_absences()
+        assert not absent & (queued | coming_back | running), "a request waits for an executor and is elsewhere"
         assert not queued & coming_back, "a request is queued before the results of its last placement are in"
-        ended = sum(entry[2].state is RequestState.FINISHED for entry in self._moments)
-        assert ended == self._ended_moment_count, "the ended requests in the heap of deadlines are miscounted"
+        self._moments.check_invariants()
         alive = {c for r in self._requests.values() for c in r.family if c.state is not RequestState.FINISHED}
         unforked = {request for request in alive if request.is_unforked}
         assert not unforked & (queued | coming_back | running), "a choice is somewhere before it was forked"
-        assert queued | coming_back | running | unforked == alive, "a request is lost, or ended and kept"
+        assert queued | coming_back | running | unforked | absent == alive, "a request is lost, or ended and kept"
         assert all(not request.has_ended for request in self._requests.values()), "a request ended and is kept"
         for request in alive:
             expected = RequestState.RUNNING if request in running else RequestState.WAITING
@@ -305,65 +490,10 @@ class Scheduler:
             assert request.state is RequestState.RUNNING or not request.tables, "a waiting request holds blocks"
             assert request.output_count < request.max_output_count, "a request goes on beyond its length"
 
-
-def _too_late(request: Request, now: float) -> str:
-    """Why the request is refused before its deadline; empty when that has passed."""
-    if now >= request.deadline:
-        return ""
-    return (
-        f"request '{request.request_id}' is refused {request.deadline - now:.3g} s before its deadline: the "
-        f"{len(request.token_ids)} tokens before its next one cannot be computed in that time; allow more time or "
-        f"shorten the prompt"
-    )
-
-
-def _settle_blocks(executor: Executor, plan: Plan, result: Result) -> None:
-    """Offer what the step has filled, before its requests may end; what a failing row has written is never offered."""
-    for chunk in plan.chunks:
-        request = chunk.request
-        if request.executor is executor and not chunk.samples and chunk.slot not in result.errors:
-            request.computed_count = chunk.start + chunk.count
-            executor.settle(request)
-    for row in plan.settling:
-        request = plan.rows[row]
-        if request.executor is executor and result.token_ids[row] >= 0:
-            request.computed_count = len(request.token_ids)
-            executor.settle(request)
-
-
-def _answered_plan(executor: Executor, result: Result) -> Plan:
-    """The plan that the result answers."""
-    if not executor.in_flight:
-        raise ProtocolError(f"result of step {result.step}, but no plan is in flight")
-    plan = executor.in_flight[0]
-    if plan.step != result.step:
-        raise ProtocolError(f"result of step {result.step}, but step {plan.step} is next")
-    if len(plan.rows) != len(result.token_ids):
-        raise ProtocolError(f"step {plan.step} samples {len(plan.rows)} rows, its result has {len(result.token_ids)}")
-    if result.errors or min(result.token_ids, default=0) < 0:
-        _check_missing_tokens(plan, result)
-    return plan
-
-
-def _check_missing_tokens(plan: Plan, result: Result) -> None:
-    owners = _owners(plan)
-    for slot in result.errors:
-        if slot not in owners:
-            raise ProtocolError(f"step {plan.step} does not compute slot {slot}, but its result reports an error there")
-    for slot, request, token in zip(plan.row_slots.tolist(), plan.rows, result.token_ids, strict=True):
-        if token < 0 and request.state is not RequestState.FINISHED and slot not in result.errors:
-            raise ProtocolError(f"step {plan.step} has no token for slot {slot}, whose request has not ended")
-
-
-def _failed_requests(plan: Plan, result: Result) -> list[tuple[Request, str]]:
-    """The requests that failed in this step and have not ended otherwise, each with what went wrong."""
-    if not result.errors:
-        return []
-    failed = [(_owners(plan)[slot], message) for slot, message in result.errors.items()]
-    return [(request, message) for request, message in failed if request.state is not RequestState.FINISHED]
-
-
-def _owners(plan: Plan) -> dict[int, Request]:
-    """Who is in each slot that the plan computes."""
-    chunked = {chunk.slot: chunk.request for chunk in plan.chunks}
-    return chunked | dict(zip(plan.row_slots.tolist(), plan.rows, strict=True))
+    def _check_absences(self) -> set[Request]:
+        """Return the requests that wait for an executor, after holding what is kept of them against each other."""
+        for name, absence in self._absences.items():
+            assert absence.requests, "an executor is waited for, and nobody waits"
+            assert absence.computing <= absence.requests.keys(), "a suspect does not wait"
+            assert all(request.awaits == name for request in absence.requests), "a request waits for another executor"
+        return {request for absence in self._absences.values() for request in absence.requests}

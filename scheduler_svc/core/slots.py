@@ -43,6 +43,20 @@ class Slots:
         self.limit[slot] = request.cache_limit
         return slot
 
+    def take_over(self, slot: int, request: Request, planned_count: int, *, decoding: bool) -> None:
+        """Give `request` the slot that it has on the executor already."""
+        self._free.remove(slot)
+        heapq.heapify(self._free)
+        self.owners[slot] = request
+        self.planned[slot] = planned_count
+        self.limit[slot] = request.cache_limit
+        self.decoding[slot] = decoding
+        self._known_there.add(slot)
+
+    def empty(self, slot: int) -> None:
+        """Have the executor forget whom it has in a slot that is free here."""
+        self._dropped.add(slot)
+
     def release(self, slot: int) -> None:
         """Take a slot from its owner; it may be taken again at once."""
         self.owners[slot] = None

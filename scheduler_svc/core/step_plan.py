@@ -24,6 +24,7 @@ class StepPlanner:
         self._started: list[Request] = []
         self._copies: list[tuple[int, int]] = []
         self._chunks: list[Chunk] = []
+        self._suspect: Request | None = None  # the only one in this step that is catching up
 
     def plan(self, now: float, *, prefill_first: bool) -> Plan | None:
         """Decide what is computed; None when there is nothing.
@@ -72,14 +73,19 @@ class StepPlanner:
             executor.adopt(request)
             missing = len(request.token_ids) - bool(request.unforked_count) - request.planned_count
             wanted = min(budget, missing)
-            if wanted <= 0 or executor.holds_back(request):
+            if wanted <= 0 or self._waits_for_another_suspect(request) or executor.holds_back(request):
                 continue
             count = executor.cache.fitting_tokens(request, wanted, executor.spare_blocks(request))
             if count > 0:
+                self._suspect = request if request.is_suspect else self._suspect
                 count = count if count == missing else self._whole_units(request, count)
                 self._compute(request, count)
                 budget -= count
         return budget
+
+    def _waits_for_another_suspect(self, request: Request) -> bool:
+        """Whether the step has a suspect already: if the executor dies of one, it must be known of which."""
+        return request.is_suspect and self._suspect is not None
 
     def _whole_units(self, request: Request, count: int) -> int:
         """Let a chunk that is not the last end where another request could go on from what it computes."""
@@ -127,6 +133,7 @@ class StepPlanner:
             row_slots=row_slots,
             rows=slots.owners[row_slots].tolist(),
             planned_at=now,
+            announces=bool(executor.suspects),
             last_rows=np.flatnonzero(planned >= slots.limit[row_slots]).tolist(),
             settling=np.flatnonzero(settles).tolist(),
         )
@@ -165,6 +172,8 @@ def _describe(request: Request) -> NewRequest:
         slot=request.slot,
         request_id=request.request_id,
         attempt=request.attempt,
+        key=request.key,
+        placement_count=request.placement_count,
         token_ids=request.token_ids[:],
         output_count=request.output_count,
         computed_count=request.computed_count,

@@ -1,9 +1,14 @@
 """Addresses: where servers listen, and under which address others reach them."""
 
+from urllib.request import urlopen
+
 import grpc
 import pytest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from common.grpc_servers import AddressError, Server, bind, check_host_port, reachable
+from common.metrics import serve_metrics
 
 
 @pytest.mark.parametrize(
@@ -59,3 +64,22 @@ async def test_a_socket_that_a_dead_process_left_is_taken(tmp_path):
 
     assert await server.start([f"unix:{path}"], []) == [f"unix:{path}"]
     await server.stop()
+
+
+def test_metrics_are_served_as_they_are_when_asked():
+    """A scrape that shows yesterday's numbers is worse than none; a port that is taken must be named."""
+    now = {"reading": 1.0}
+
+    class Reading(Collector):
+        def collect(self):
+            yield GaugeMetricFamily("reading", "Now.", now["reading"])
+
+    port = serve_metrics(0, Reading(), host="127.0.0.1")
+    texts = []
+    for now["reading"] in (2.0, 3.0):
+        with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            texts.append(answer.read().decode())
+
+    assert ["reading 2.0\n" in texts[0], "reading 3.0\n" in texts[1]] == [True, True]
+    with pytest.raises(AddressError, match=f"cannot serve metrics on port {port}: .* in use; choose another"):
+        serve_metrics(port, host="127.0.0.1")

@@ -40,6 +40,7 @@ class Gated:
     def __init__(self, runner, gate):
         self.info = runner.info
         self.check_device = runner.check_device
+        self.copy_blocks = runner.copy_blocks
         self._runner = runner
         self._gate = gate
 

@@ -12,6 +12,17 @@ from paceline.internal.v1 import executor_pb2 as pb
 POISON = 66
 
 
+class StarvedRunner(FakeRunner):
+    """Has no memory for more than `limit` tokens in a step, as torch says it."""
+
+    limit = 3
+
+    def run(self, batch: StepBatch) -> StepOutput:
+        if len(batch.token_ids) > self.limit:
+            raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().run(batch)
+
+
 class PoisonedRunner(FakeRunner):
     """Fails whenever one token is among those that a step computes; can lose its device altogether."""
 
@@ -173,3 +184,13 @@ def test_refuses_a_plan_that_contradicts_what_it_knows(executor, plan, message):
     """Going on with two different ideas of the slots would give users wrong tokens; a bug must end the attachment."""
     with pytest.raises(PlanError, match=message):
         executor.execute(plan)
+
+
+def test_a_step_that_lacks_memory_runs_in_smaller_parts():
+    """Out of memory is no reason to die, nor to fail anybody whom a smaller step can serve."""
+    config = ExecutorConfig(model="fake", block_size=4, fake_block_count=8, max_num_seqs=4, fake_step_us=0)
+    executor = Executor(StarvedRunner(config))
+    result = executor.execute(first_plan(start(0, [1, 2], [0]), start(1, [3, 4], [1]), start(2, [5, 6, 7, 8], [2])))
+
+    assert tokens_of(result) == [next_token([1, 2]), next_token([3, 4]), -1]
+    assert [(error.slot, error.out_of_memory) for error in result.errors] == [(2, True)]

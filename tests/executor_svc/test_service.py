@@ -18,12 +18,12 @@ INCARNATION = 7
 
 
 @asynccontextmanager
-async def served(step_us=0.0):
+async def served(step_us=0.0, resume_window_s=60.0, runner=FakeRunner):
     """An executor with the fake model behind a real server; yields a stub."""
     config = ExecutorConfig(model="fake", block_size=4, fake_block_count=8, max_num_seqs=4, fake_step_us=step_us)
-    thread = ModelThread(Executor(FakeRunner(config)), asyncio.get_running_loop())
+    thread = ModelThread(Executor(runner(config)), asyncio.get_running_loop())
     server = grpc.aio.server()
-    service = ExecutorService(thread, INCARNATION, on_broken=lambda message: None)
+    service = ExecutorService(thread, INCARNATION, resume_window_s, on_broken=lambda message: None)
     executor_pb2_grpc.add_ExecutorServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -36,8 +36,8 @@ async def served(step_us=0.0):
     thread.join()
 
 
-def attach_message(epoch=5, scheduler_id="s", incarnation=INCARNATION, version=1):
-    request = pb.AttachRequest(protocol_version=version, scheduler_id=scheduler_id)
+def attach_message(epoch=5, scheduler_id="s", incarnation=INCARNATION, version=1, resume=False):
+    request = pb.AttachRequest(protocol_version=version, scheduler_id=scheduler_id, resume=resume)
     return pb.SchedulerMessage(epoch=epoch, incarnation=incarnation, attach=request)
 
 
@@ -46,12 +46,18 @@ def plan_message(plan, epoch=5, incarnation=INCARNATION):
 
 
 async def attach(stub, **values):
+    call, _ = await attach_and_look(stub, **values)
+    return call
+
+
+async def attach_and_look(stub, **values):
+    """An attachment, and what the executor says that it has."""
     call = stub.Attach()
     await call.write(attach_message(**values))
     message = await call.read()
     assert message.WhichOneof("message") == "attached"
     assert (message.epoch, message.incarnation) == (values.get("epoch", 5), INCARNATION)
-    return call
+    return call, message.attached
 
 
 async def read_to_the_end(call):
@@ -77,8 +83,8 @@ async def test_runs_plans_and_reports_where_the_time_went():
     assert result.timings.forward_us >= 2000
 
 
-async def test_a_new_attachment_starts_empty():
-    """Slots live as long as their attachment; a scheduler that comes back must not meet what it does not know."""
+async def test_an_attachment_that_does_not_resume_starts_empty():
+    """A scheduler that does not ask for what is there must not meet what it does not know."""
     async with served() as stub:
         first = await attach(stub)
         await first.write(plan_message(first_plan(start(0, [1], [0]))))
@@ -94,7 +100,7 @@ async def test_a_new_attachment_starts_empty():
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"epoch": 4}, "epoch 4 of scheduler 's' is stale: scheduler 's' is attached with epoch 5"),
+        ({"epoch": 4}, "epoch 4 of scheduler 's' is stale: scheduler 's' has been attached with epoch 5"),
         ({"scheduler_id": "other"}, "epoch 5 of scheduler 'other' is stale"),
         ({"incarnation": 8}, "incarnation 8 is not the 7 of this executor"),
         ({"version": 2}, "protocol version 2 is not the 1 of this executor"),

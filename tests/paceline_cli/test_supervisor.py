@@ -97,6 +97,17 @@ def test_kills_from_outside_are_survived_as_often_as_they_come(recorder: Recorde
     supervisor.kill()
 
 
+def test_a_child_that_was_drained_is_started_again_as_often_as_it_is_drained(recorder: Recorder):
+    """A rolling restart ends every executor in good order, some of them twice within seconds."""
+    supervisor = Supervisor([python_child("executor-0", "raise SystemExit(0)")], recorder, QUICK)
+    supervisor.start()
+    supervisor.ready = True
+    wait_until(lambda: len(recorder.restarts) >= 7, supervisor.watch)
+    supervisor.kill()
+
+    assert {how for _, how, _ in recorder.restarts} == {"ended with exit code 0"}
+
+
 def test_the_first_child_has_ended_before_the_others_are_asked(tmp_path, recorder: Recorder):
     """The scheduler lets requests finish on executors: they must still be there."""
     order = tmp_path / "order"

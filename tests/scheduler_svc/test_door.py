@@ -104,7 +104,7 @@ async def test_fills_in_what_is_left_out(door):
     """Unset means the model's own defaults: greedy, all the room there is up to 256 tokens, its end tokens."""
     message = request("hello")
     message.ClearField("stopping")
-    made, _ = await door.request(message, "r", LIMITS, math.inf, None)
+    made, *_ = await door.request(message, "r", LIMITS, math.inf, None)
 
     assert made.max_output_count == 32 - 5
     assert made.sampling.temperature == 0
@@ -126,8 +126,8 @@ def test_makes_an_id_for_a_request_without_one():
 
 async def test_who_asks_for_a_filter_asks_for_sampling(door):
     """On a model that is greedy by default a lone top_p would otherwise be ignored without a word."""
-    made, _ = await door.request(request(top_p=0.5), "r", LIMITS, math.inf, None)
-    plain, _ = await door.request(request(seed=3), "r", LIMITS, math.inf, None)
+    made, *_ = await door.request(request(top_p=0.5), "r", LIMITS, math.inf, None)
+    plain, *_ = await door.request(request(seed=3), "r", LIMITS, math.inf, None)
 
     assert (made.sampling.temperature, made.sampling.top_p) == (1.0, 0.5)
     assert plain.sampling.temperature == 0
@@ -135,7 +135,7 @@ async def test_who_asks_for_a_filter_asks_for_sampling(door):
 
 async def test_ignoring_the_end_keeps_the_stop_tokens_of_the_request(door):
     """`ignore_eos` is about the model's end, not about what the caller asked to stop at."""
-    made, _ = await door.request(request(ignore_eos=True, stop_token_ids=[7]), "r", LIMITS, math.inf, None)
+    made, *_ = await door.request(request(ignore_eos=True, stop_token_ids=[7]), "r", LIMITS, math.inf, None)
 
     assert made.stop_token_ids == {7}
 
@@ -144,7 +144,7 @@ async def test_draws_a_seed_for_a_request_without_one(door):
     """Recomputation must give the same tokens, so that even unseeded requests have a seed; two differ."""
     made = [await door.request(request(temperature=1), "r", LIMITS, math.inf, None) for _ in range(3)]
 
-    assert len({one.sampling.seed for one, _ in made}) == 3
+    assert len({one.sampling.seed for one, *_ in made}) == 3
 
 
 def test_the_model_samples_by_default_where_its_generation_config_says_so():

@@ -121,13 +121,13 @@ async def test_a_request_can_be_cancelled_while_it_is_still_at_the_door():
         call = system.generate(request("hello", 200, request_id="r"))
         reading = asyncio.create_task(status_of(call))
         await until(lambda: "r" in system.app.engine._arriving)
-        again = await status_of(system.generate(request("hello", 200, request_id="r")))
+        again = asyncio.create_task(status_of(system.generate(request("hello", 200, request_id="r"))))
+        await asyncio.sleep(0.05)
         await system.inference.Cancel(inference_pb2.CancelRequest(request_id="r"))
         holding.set()
-        error = await reading
+        errors = await asyncio.gather(reading, again)
 
-    assert error.code() is grpc.StatusCode.CANCELLED
-    assert again.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert [error.code() for error in errors] == [grpc.StatusCode.CANCELLED] * 2
 
 
 async def test_a_deadline_is_forgotten_with_its_request():
@@ -136,7 +136,7 @@ async def test_a_deadline_is_forgotten_with_its_request():
         for _ in range(100):
             await read_text(system.generate(request("hello", 1), timeout=3600))
 
-        assert len(system.scheduler._moments) < 50
+        assert len(system.scheduler._moments._heap) < 50
 
 
 async def test_a_full_queue_answers_at_once_and_says_when_to_retry():
@@ -215,7 +215,7 @@ async def test_a_batch_that_nobody_reads_stops_running(monkeypatch):
     async with started() as system:
         accepted = []
         submit = system.app.engine.submit
-        system.app.engine.submit = lambda made, text: accepted.append(made) or submit(made, text)
+        system.app.engine.submit = lambda made, *rest: accepted.append(made) or submit(made, *rest)
         service = InferenceService(system.app.door, system.app.engine, system.app.fleet, inference_pb2.Model())
         call = UnreadCall(20)
         serving = asyncio.create_task(service.GenerateBatch(None, call))
@@ -242,15 +242,16 @@ async def test_a_batch_with_a_repeated_index_is_refused():
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_refuses_a_second_request_under_a_running_id():
+async def test_refuses_another_request_under_a_running_id():
     """Two requests under one id could not be cancelled apart."""
     async with started(1, SLOW) as system:
         call = system.generate(request("hello", 100, request_id="r"))
         await call.read()
-        error = await status_of(system.generate(request("hello", 100, request_id="r")))
+        error = await status_of(system.generate(request("hello!", 100, request_id="r")))
         call.cancel()
 
     assert error.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert "another request with the id 'r' is running; choose another request_id" in error.details()
 
 
 async def test_an_id_may_be_used_again_as_soon_as_its_request_has_ended():
@@ -511,11 +512,20 @@ def join_request(name, **fields):
     return fleet_pb2.JoinRequest(**(values | fields))
 
 
+async def test_an_executor_of_the_next_release_is_driven_in_the_language_of_this_one(monkeypatch):
+    """A fleet is upgraded one process after the other, and everybody serves meanwhile."""
+    monkeypatch.setattr("executor_svc.membership.PROTOCOL_VERSION", 2)
+    monkeypatch.setattr("executor_svc.service.PROTOCOL_VERSION", 2)
+    async with started(1) as system:
+        assert next(iter(system.app.fleet.members.values())).joined.protocol_version == 2
+        assert await read_text(system.generate(request("hello", 5))) == expected_text("hello", 5)
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "reason"),
     [
         ({"model": {"fingerprint": "abc"}}, "FAILED_PRECONDITION", "start both with the same folder"),
-        ({"protocol_version": 2}, "FAILED_PRECONDITION", "speaks version 2 of the step stream.* version 1"),
+        ({"protocol_version": 2}, "FAILED_PRECONDITION", "speaks version 2 of the step stream.* 1 to 1; run"),
         ({"model": {"context_length": 99}}, "FAILED_PRECONDITION", "start all executors with the same --max-model-len"),
         ({"capacity": {"layer_groups": []}}, "INVALID_ARGUMENT", "8 blocks for 0 layer groups"),
         ({"capacity": {"layer_groups": [{"window": 9}]}}, "INVALID_ARGUMENT", "blocks hold 0 tokens"),

@@ -19,6 +19,36 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    DURABILITY_OFF: _Durability.ValueType  # 1
+    """The scheduler runs without a journal: what it holds dies with it."""
+    DURABILITY_ON: _Durability.ValueType  # 2
+    """Nothing reaches a client that is not in the journal."""
+    DURABILITY_LOST: _Durability.ValueType  # 3
+    """The journal cannot be written, its disk is full or gone: serving goes on, and what was accepted since dies with the
+    process. It comes back by itself when there is room.
+    """
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """Whether accepted requests and delivered tokens outlive the scheduler's process."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+DURABILITY_OFF: Durability.ValueType  # 1
+"""The scheduler runs without a journal: what it holds dies with it."""
+DURABILITY_ON: Durability.ValueType  # 2
+"""Nothing reaches a client that is not in the journal."""
+DURABILITY_LOST: Durability.ValueType  # 3
+"""The journal cannot be written, its disk is full or gone: serving goes on, and what was accepted since dies with the
+process. It comes back by itself when there is room.
+"""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
 class _ExecutorState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -56,6 +86,7 @@ class JoinRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Name of the executor, 1 to 128 printable ASCII characters without spaces, unique in the fleet. Stays the same
     when its process restarts.
@@ -65,12 +96,16 @@ class JoinRequest(_message.Message):
     address: _builtins.str
     """Where the scheduler reaches the executor: `host:port` or `unix:/path`."""
     protocol_version: _builtins.int
-    """Version of `paceline.internal.v1` that the executor speaks. Must be that of the scheduler."""
+    """Newest version of `paceline.internal.v1` that the executor speaks. The step stream uses the newest that both sides do."""
     release: _builtins.str
     """Release of the executor, for people."""
     draining: _builtins.bool
     """True from the moment when the executor wants to leave: it takes no new requests, finishes what it can, and is
     told by the scheduler when nothing is left.
+    """
+    oldest_protocol_version: _builtins.int
+    """Oldest version of `paceline.internal.v1` that the executor speaks: that of the release before it, so that a rolling
+    restart works. Unset: `protocol_version` alone.
     """
     @_builtins.property
     def model(self) -> Global___ExecutorModel:
@@ -91,10 +126,11 @@ class JoinRequest(_message.Message):
         model: Global___ExecutorModel | None = ...,
         capacity: Global___ExecutorCapacity | None = ...,
         draining: _builtins.bool = ...,
+        oldest_protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "draining", b"draining", "executor_id", b"executor_id", "incarnation", b"incarnation", "model", b"model", "protocol_version", b"protocol_version", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "draining", b"draining", "executor_id", b"executor_id", "incarnation", b"incarnation", "model", b"model", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "release", b"release"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,8 +303,17 @@ class ListExecutorsResponse(_message.Message):
 
     EXECUTORS_FIELD_NUMBER: _builtins.int
     WAITING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_FIELD_NUMBER: _builtins.int
     waiting_request_count: _builtins.int
     """Requests accepted and not placed on an executor."""
+    epoch: _builtins.int
+    """Number of this life of the scheduler: a restarted one has a higher one."""
+    durability: Global___Durability.ValueType
+    """Whether what users were told outlives the scheduler's process."""
+    journal_bytes: _builtins.int
+    """Bytes of the journal's file. 0: there is none."""
     @_builtins.property
     def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Executor]:
         """In the order of their ids."""
@@ -278,14 +323,58 @@ class ListExecutorsResponse(_message.Message):
         *,
         executors: _abc.Iterable[Global___Executor] | None = ...,
         waiting_request_count: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        durability: Global___Durability.ValueType = ...,
+        journal_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executors", b"executors", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "epoch", b"epoch", "executors", b"executors", "journal_bytes", b"journal_bytes", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListExecutorsResponse: _TypeAlias = ListExecutorsResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    FINISH_WITHIN_S_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    """Name of the executor."""
+    finish_within_s: _builtins.int
+    """Seconds for which requests may still finish there before they move, 0 to 86400. Unset: they move at once, and compute
+    again what they had computed.
+    """
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        finish_within_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "finish_within_s", b"finish_within_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class Executor(_message.Message):

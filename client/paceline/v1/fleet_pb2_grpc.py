@@ -45,6 +45,11 @@ class FleetServiceStub:
                 request_serializer=paceline_dot_v1_dot_fleet__pb2.ListExecutorsRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_fleet__pb2.ListExecutorsResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/paceline.v1.FleetService/Drain',
+                request_serializer=paceline_dot_v1_dot_fleet__pb2.DrainRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_fleet__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -62,8 +67,10 @@ class FleetServiceServicer:
         Errors:
 
         * `INVALID_ARGUMENT`: a field is missing or out of range; the message names it. Do not retry.
-        * `FAILED_PRECONDITION`: the executor has another model, or speaks another version of the step stream, than this
-        scheduler; the message names both. Do not retry with the same model and release.
+        * `FAILED_PRECONDITION`: the executor has another model, or speaks no version of the step stream that this scheduler
+        speaks; the message names both. Do not retry with the same model and release.
+        * `ALREADY_EXISTS`: another process is attached under this `executor_id`. Choose another id, or keep calling until
+        it is gone.
         * `UNAVAILABLE`: the scheduler is starting, draining or gone. Keep calling; the requests wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -72,6 +79,20 @@ class FleetServiceServicer:
 
     def ListExecutors(self, request, context):
         """Lists the executors that have a lease, with what they hold and do right now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes an executor out of service: it gets nothing new, its requests finish or move, and then its process is told to
+        end. Returns at once; `ListExecutors` shows how far it is, and no longer shows it when it has gone. Asking again
+        changes nothing but the time.
+
+        Errors:
+
+        * `NOT_FOUND`: no executor of that name has a lease.
+        * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +110,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListExecutors,
                     request_deserializer=paceline_dot_v1_dot_fleet__pb2.ListExecutorsRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_fleet__pb2.ListExecutorsResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=paceline_dot_v1_dot_fleet__pb2.DrainRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_fleet__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -146,6 +172,33 @@ class FleetService:
             '/paceline.v1.FleetService/ListExecutors',
             paceline_dot_v1_dot_fleet__pb2.ListExecutorsRequest.SerializeToString,
             paceline_dot_v1_dot_fleet__pb2.ListExecutorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.FleetService/Drain',
+            paceline_dot_v1_dot_fleet__pb2.DrainRequest.SerializeToString,
+            paceline_dot_v1_dot_fleet__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,12 +44,24 @@ class FleetServiceStub:
     Errors:
 
     * `INVALID_ARGUMENT`: a field is missing or out of range; the message names it. Do not retry.
-    * `FAILED_PRECONDITION`: the executor has another model, or speaks another version of the step stream, than this
-      scheduler; the message names both. Do not retry with the same model and release.
+    * `FAILED_PRECONDITION`: the executor has another model, or speaks no version of the step stream that this scheduler
+      speaks; the message names both. Do not retry with the same model and release.
+    * `ALREADY_EXISTS`: another process is attached under this `executor_id`. Choose another id, or keep calling until
+      it is gone.
     * `UNAVAILABLE`: the scheduler is starting, draining or gone. Keep calling; the requests wait.
     """
     ListExecutors: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListExecutorsRequest, _fleet_pb2.ListExecutorsResponse]
     """Lists the executors that have a lease, with what they hold and do right now."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.DrainRequest, _fleet_pb2.DrainResponse]
+    """Takes an executor out of service: it gets nothing new, its requests finish or move, and then its process is told to
+    end. Returns at once; `ListExecutors` shows how far it is, and no longer shows it when it has gone. Asking again
+    changes nothing but the time.
+
+    Errors:
+
+    * `NOT_FOUND`: no executor of that name has a lease.
+    * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -67,12 +79,24 @@ class FleetServiceAsyncStub(FleetServiceStub):
     Errors:
 
     * `INVALID_ARGUMENT`: a field is missing or out of range; the message names it. Do not retry.
-    * `FAILED_PRECONDITION`: the executor has another model, or speaks another version of the step stream, than this
-      scheduler; the message names both. Do not retry with the same model and release.
+    * `FAILED_PRECONDITION`: the executor has another model, or speaks no version of the step stream that this scheduler
+      speaks; the message names both. Do not retry with the same model and release.
+    * `ALREADY_EXISTS`: another process is attached under this `executor_id`. Choose another id, or keep calling until
+      it is gone.
     * `UNAVAILABLE`: the scheduler is starting, draining or gone. Keep calling; the requests wait.
     """
     ListExecutors: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListExecutorsRequest, _fleet_pb2.ListExecutorsResponse]  # type: ignore[assignment]
     """Lists the executors that have a lease, with what they hold and do right now."""
+    Drain: _aio.UnaryUnaryMultiCallable[_fleet_pb2.DrainRequest, _fleet_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes an executor out of service: it gets nothing new, its requests finish or move, and then its process is told to
+    end. Returns at once; `ListExecutors` shows how far it is, and no longer shows it when it has gone. Asking again
+    changes nothing but the time.
+
+    Errors:
+
+    * `NOT_FOUND`: no executor of that name has a lease.
+    * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
+    """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """The fleet of executors: executors join it, operators look at it."""
@@ -93,8 +117,10 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         * `INVALID_ARGUMENT`: a field is missing or out of range; the message names it. Do not retry.
-        * `FAILED_PRECONDITION`: the executor has another model, or speaks another version of the step stream, than this
-          scheduler; the message names both. Do not retry with the same model and release.
+        * `FAILED_PRECONDITION`: the executor has another model, or speaks no version of the step stream that this scheduler
+          speaks; the message names both. Do not retry with the same model and release.
+        * `ALREADY_EXISTS`: another process is attached under this `executor_id`. Choose another id, or keep calling until
+          it is gone.
         * `UNAVAILABLE`: the scheduler is starting, draining or gone. Keep calling; the requests wait.
         """
 
@@ -105,5 +131,21 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.ListExecutorsResponse, _abc.Awaitable[_fleet_pb2.ListExecutorsResponse]]:
         """Lists the executors that have a lease, with what they hold and do right now."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _fleet_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.DrainResponse, _abc.Awaitable[_fleet_pb2.DrainResponse]]:
+        """Takes an executor out of service: it gets nothing new, its requests finish or move, and then its process is told to
+        end. Returns at once; `ListExecutors` shows how far it is, and no longer shows it when it has gone. Asking again
+        changes nothing but the time.
+
+        Errors:
+
+        * `NOT_FOUND`: no executor of that name has a lease.
+        * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,47 +25,49 @@ _sym_db = _symbol_database.Default()
 from paceline.v1 import sampling_pb2 as paceline_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpaceline/v1/inference.proto\x12\x0bpaceline.v1\x1a\x1apaceline/v1/sampling.proto\"\xd5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.paceline.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.paceline.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.paceline.v1.StopConditions\x12\x14\n\x0c\x63hoice_count\x18\x08 \x01(\r\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x12\n\ncache_salt\x18\x0b \x01(\tB\x08\n\x06promptJ\x04\x08\x0c\x10\x10\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.paceline.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xff\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x1a\n\x12output_token_count\x18\x05 \x01(\r\x12\x13\n\x0btext_length\x18\x06 \x01(\r\x12\x30\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.paceline.v1.Usage\x12\x0e\n\x06\x63hoice\x18\t \x01(\rJ\x04\x08\n\x10\r\"\xbb\x01\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12output_token_count\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_us\x18\x04 \x01(\x04\x12\x10\n\x08total_us\x18\x05 \x01(\x04\x12\x1b\n\x13recomputation_count\x18\x06 \x01(\r\x12!\n\x19\x63\x61\x63hed_prompt_token_count\x18\x07 \x01(\r\"T\n\x14GenerateBatchRequest\x12\r\n\x05index\x18\x01 \x01(\x04\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.paceline.v1.GenerateRequest\"\x8c\x01\n\x15GenerateBatchResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12-\n\x06output\x18\x02 \x01(\x0b\x32\x1b.paceline.v1.GenerateOutputH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.paceline.v1.RequestErrorH\x00\x42\t\n\x07outcome\"s\n\x0eGenerateOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x19.paceline.v1.ChoiceOutput\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.paceline.v1.Usage\"a\n\x0c\x43hoiceOutput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.paceline.v1.FinishReason\"A\n\x0cRequestError\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x11\n\x0fGetModelRequest\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Model\"\x90\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x15\n\rend_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x16\n\x0e\x65xecutor_count\x18\x06 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc5\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.paceline.v1.GenerateRequest\x1a\x1d.paceline.v1.GenerateResponse0\x01\x12Z\n\rGenerateBatch\x12!.paceline.v1.GenerateBatchRequest\x1a\".paceline.v1.GenerateBatchResponse(\x01\x30\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.paceline.v1.CancelRequest\x1a\x1b.paceline.v1.CancelResponse\x12G\n\x08GetModel\x12\x1c.paceline.v1.GetModelRequest\x1a\x1d.paceline.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpaceline/v1/inference.proto\x12\x0bpaceline.v1\x1a\x1apaceline/v1/sampling.proto\"\xa1\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.paceline.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x19.paceline.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.paceline.v1.SamplingParams\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.paceline.v1.StopConditions\x12\x14\n\x0c\x63hoice_count\x18\x08 \x01(\r\x12\x10\n\x08priority\x18\t \x01(\x11\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12*\n\x0bresume_from\x18\x0c \x03(\x0b\x32\x15.paceline.v1.Position\x12\x18\n\x10\x64\x65tach_timeout_s\x18\r \x01(\rB\x08\n\x06promptJ\x04\x08\x0e\x10\x0fJ\x04\x08\x0f\x10\x10\"K\n\x08Position\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x1a\n\x12output_token_count\x18\x02 \x01(\r\x12\x13\n\x0btext_length\x18\x03 \x01(\r\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.paceline.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xff\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x1a\n\x12output_token_count\x18\x05 \x01(\r\x12\x13\n\x0btext_length\x18\x06 \x01(\r\x12\x30\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x19.paceline.v1.FinishReason\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.paceline.v1.Usage\x12\x0e\n\x06\x63hoice\x18\t \x01(\rJ\x04\x08\n\x10\r\"\xbb\x01\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\r\x12\x1a\n\x12output_token_count\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_us\x18\x04 \x01(\x04\x12\x10\n\x08total_us\x18\x05 \x01(\x04\x12\x1b\n\x13recomputation_count\x18\x06 \x01(\r\x12!\n\x19\x63\x61\x63hed_prompt_token_count\x18\x07 \x01(\r\"T\n\x14GenerateBatchRequest\x12\r\n\x05index\x18\x01 \x01(\x04\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.paceline.v1.GenerateRequest\"\x8c\x01\n\x15GenerateBatchResponse\x12\r\n\x05index\x18\x01 \x01(\x04\x12-\n\x06output\x18\x02 \x01(\x0b\x32\x1b.paceline.v1.GenerateOutputH\x00\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.paceline.v1.RequestErrorH\x00\x42\t\n\x07outcome\"s\n\x0eGenerateOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x19.paceline.v1.ChoiceOutput\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.paceline.v1.Usage\"a\n\x0c\x43hoiceOutput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.paceline.v1.FinishReason\"A\n\x0cRequestError\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x11\n\x0fGetModelRequest\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.paceline.v1.Model\"\x90\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x15\n\rend_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x16\n\x0e\x65xecutor_count\x18\x06 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xc5\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.paceline.v1.GenerateRequest\x1a\x1d.paceline.v1.GenerateResponse0\x01\x12Z\n\rGenerateBatch\x12!.paceline.v1.GenerateBatchRequest\x1a\".paceline.v1.GenerateBatchResponse(\x01\x30\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.paceline.v1.CancelRequest\x1a\x1b.paceline.v1.CancelResponse\x12G\n\x08GetModel\x12\x1c.paceline.v1.GetModelRequest\x1a\x1d.paceline.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1783
-  _globals['_FINISHREASON']._serialized_end=1878
+  _globals['_FINISHREASON']._serialized_start=1936
+  _globals['_FINISHREASON']._serialized_end=2031
   _globals['_GENERATEREQUEST']._serialized_start=73
-  _globals['_GENERATEREQUEST']._serialized_end=414
-  _globals['_TOKENIDS']._serialized_start=416
-  _globals['_TOKENIDS']._serialized_end=439
-  _globals['_CHATMESSAGES']._serialized_start=441
-  _globals['_CHATMESSAGES']._serialized_end=499
-  _globals['_CHATMESSAGE']._serialized_start=501
-  _globals['_CHATMESSAGE']._serialized_end=545
-  _globals['_GENERATERESPONSE']._serialized_start=548
-  _globals['_GENERATERESPONSE']._serialized_end=803
-  _globals['_USAGE']._serialized_start=806
-  _globals['_USAGE']._serialized_end=993
-  _globals['_GENERATEBATCHREQUEST']._serialized_start=995
-  _globals['_GENERATEBATCHREQUEST']._serialized_end=1079
-  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1082
-  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1222
-  _globals['_GENERATEOUTPUT']._serialized_start=1224
-  _globals['_GENERATEOUTPUT']._serialized_end=1339
-  _globals['_CHOICEOUTPUT']._serialized_start=1341
-  _globals['_CHOICEOUTPUT']._serialized_end=1438
-  _globals['_REQUESTERROR']._serialized_start=1440
-  _globals['_REQUESTERROR']._serialized_end=1505
-  _globals['_CANCELREQUEST']._serialized_start=1507
-  _globals['_CANCELREQUEST']._serialized_end=1542
-  _globals['_CANCELRESPONSE']._serialized_start=1544
-  _globals['_CANCELRESPONSE']._serialized_end=1560
-  _globals['_GETMODELREQUEST']._serialized_start=1562
-  _globals['_GETMODELREQUEST']._serialized_end=1579
-  _globals['_GETMODELRESPONSE']._serialized_start=1581
-  _globals['_GETMODELRESPONSE']._serialized_end=1634
-  _globals['_MODEL']._serialized_start=1637
-  _globals['_MODEL']._serialized_end=1781
-  _globals['_INFERENCESERVICE']._serialized_start=1881
-  _globals['_INFERENCESERVICE']._serialized_end=2206
+  _globals['_GENERATEREQUEST']._serialized_end=490
+  _globals['_POSITION']._serialized_start=492
+  _globals['_POSITION']._serialized_end=567
+  _globals['_TOKENIDS']._serialized_start=569
+  _globals['_TOKENIDS']._serialized_end=592
+  _globals['_CHATMESSAGES']._serialized_start=594
+  _globals['_CHATMESSAGES']._serialized_end=652
+  _globals['_CHATMESSAGE']._serialized_start=654
+  _globals['_CHATMESSAGE']._serialized_end=698
+  _globals['_GENERATERESPONSE']._serialized_start=701
+  _globals['_GENERATERESPONSE']._serialized_end=956
+  _globals['_USAGE']._serialized_start=959
+  _globals['_USAGE']._serialized_end=1146
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1148
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1232
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1235
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1375
+  _globals['_GENERATEOUTPUT']._serialized_start=1377
+  _globals['_GENERATEOUTPUT']._serialized_end=1492
+  _globals['_CHOICEOUTPUT']._serialized_start=1494
+  _globals['_CHOICEOUTPUT']._serialized_end=1591
+  _globals['_REQUESTERROR']._serialized_start=1593
+  _globals['_REQUESTERROR']._serialized_end=1658
+  _globals['_CANCELREQUEST']._serialized_start=1660
+  _globals['_CANCELREQUEST']._serialized_end=1695
+  _globals['_CANCELRESPONSE']._serialized_start=1697
+  _globals['_CANCELRESPONSE']._serialized_end=1713
+  _globals['_GETMODELREQUEST']._serialized_start=1715
+  _globals['_GETMODELREQUEST']._serialized_end=1732
+  _globals['_GETMODELRESPONSE']._serialized_start=1734
+  _globals['_GETMODELRESPONSE']._serialized_end=1787
+  _globals['_MODEL']._serialized_start=1790
+  _globals['_MODEL']._serialized_end=1934
+  _globals['_INFERENCESERVICE']._serialized_start=2034
+  _globals['_INFERENCESERVICE']._serialized_end=2359
 # @@protoc_insertion_point(module_scope)

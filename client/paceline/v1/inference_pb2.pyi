@@ -61,9 +61,11 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    DETACH_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Id by which the request is cancelled and found in logs and traces: 1 to 128 printable ASCII characters without
-    spaces, unique among running requests. Unset: the scheduler makes one.
+    """Id by which the request is cancelled, read again, and found in logs and traces: 1 to 128 printable ASCII characters
+    without spaces. Unset: the scheduler makes one.
     """
     model: _builtins.str
     """Name of the model as `GetModel` gives it. Unset: the model served here."""
@@ -85,6 +87,10 @@ class GenerateRequest(_message.Message):
     """Requests reuse what others with the same beginning have computed only if their salts are equal, so that nobody can
     find out by timing what other tenants ask. At most 256 bytes of UTF-8. Unset: shared with all requests without.
     """
+    detach_timeout_s: _builtins.int
+    """Seconds for which the request runs on while nobody reads it, 0 to 3600; more than 0 needs a `request_id`. Unset or
+    0: it is cancelled when the call ends, and does not outlive the server.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -101,6 +107,13 @@ class GenerateRequest(_message.Message):
     def stopping(self) -> _sampling_pb2.StopConditions:
         """When to stop. Unset: the defaults of its fields."""
 
+    @_builtins.property
+    def resume_from(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]:
+        """Where the reader goes on in an answer that it has read in part, one entry for each choice of which it has anything:
+        the last `output_token_count` and `text_length` that it received of it. Empty: from the beginning. Why a choice has
+        ended is told again to who had all of it.
+        """
+
     def __init__(
         self,
         *,
@@ -115,16 +128,48 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         tenant: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
+        resume_from: _abc.Iterable[Global___Position] | None = ...,
+        detach_timeout_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "choice_count", b"choice_count", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "choice_count", b"choice_count", "detach_timeout_s", b"detach_timeout_s", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Position(_message.Message):
+    """How much of one choice a reader has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    choice: _builtins.int
+    """Which continuation, from 0."""
+    output_token_count: _builtins.int
+    """Tokens that it has."""
+    text_length: _builtins.int
+    """Unicode code points of text that it has."""
+    def __init__(
+        self,
+        *,
+        choice: _builtins.int = ...,
+        output_token_count: _builtins.int = ...,
+        text_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "output_token_count", b"output_token_count", "text_length", b"text_length"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Position: _TypeAlias = Position  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -270,9 +315,9 @@ class Usage(_message.Message):
     output_token_count: _builtins.int
     """Tokens generated, of all choices together."""
     queue_us: _builtins.int
-    """Microseconds from acceptance until an executor took the request."""
+    """Microseconds from acceptance until an executor took the request. 0 too where the scheduler was restarted since."""
     first_token_us: _builtins.int
-    """Microseconds from acceptance until the first token was known to the scheduler."""
+    """Microseconds from acceptance until the first token was known to the scheduler. 0 too where it was restarted since."""
     total_us: _builtins.int
     """Microseconds from acceptance until the end."""
     recomputation_count: _builtins.int

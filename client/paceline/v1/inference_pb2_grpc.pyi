@@ -34,8 +34,8 @@ class InferenceServiceStub:
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
-      what was delivered stands and the rest was cut off. Send the request again, with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Send the same request again, with backoff: with a
+      `request_id` it is never run twice, and with `resume_from` its answer goes on where the reader was.
     """
 
     @_typing.overload
@@ -48,12 +48,20 @@ class InferenceServiceStub:
     The first message comes as soon as the request is accepted and carries its id and the length of its prompt. Then come
     chunks: one for each new token where the reader keeps up, larger ones where it does not; a chunk never ends
     inside a UTF-8 character. The last message has a `finish_reason` and the usage. The deadline of the call is the deadline of the
-    request: when it passes, the tokens up to then were delivered and the status is `DEADLINE_EXCEEDED`. Ending the
-    call cancels the request: its blocks are free within one step.
+    request: when it passes, the tokens up to then were delivered and the status is `DEADLINE_EXCEEDED`.
+
+    A `request_id` names one request, while it runs and for as long as its result is kept: the same request under the same
+    id is the same request, whoever asks, also after a restart of the server, and each call reads its answer from
+    where it says. The deadline stays that of the first call.
+
+    When the last call that reads it ends before the answer does, the request runs on for `detach_timeout_s`, and is
+    cancelled then: its blocks are free within one step. A reader that wants it to end at once calls `Cancel`.
 
     Errors, beside those of the service:
 
-    * `ALREADY_EXISTS`: a request with this `request_id` is running. Choose another id.
+    * `ALREADY_EXISTS`: a request with this `request_id` but other content is running or kept. Choose another id.
+    * `DATA_LOSS`: the answer that `resume_from` goes on with is not known here: its result was kept long enough, or the
+      server was restarted without a journal. Send it again from the start, under another id.
     * `CANCELLED`: `Cancel` was called for this request.
     * `DEADLINE_EXCEEDED`: the deadline passed. Retrying with more time may help.
     * `INTERNAL`: this request, and no other, made a step fail on an executor; the message names it.
@@ -63,7 +71,8 @@ class InferenceServiceStub:
 
     Requests are admitted as the queue has room: a batch of any size never meets `RESOURCE_EXHAUSTED`, the server
     stops reading instead. A bad request is answered with its own `error` and disturbs no other. When the caller closes
-    its side, the stream ends after the last output. Ending the call cancels what still runs.
+    its side, the stream ends after the last output. When the call ends, each request that still runs is detached, as
+    that of a `Generate`; `resume_from` means nothing here.
 
     Errors, beside those of the service:
 
@@ -72,7 +81,8 @@ class InferenceServiceStub:
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """Cancels a request by id. Its stream ends with `CANCELLED`; its blocks are free within one step.
 
-    Cancelling a request that is unknown or has ended succeeds and changes nothing.
+    Cancelling a request that is unknown or has ended succeeds and changes nothing; one that is being accepted counts as
+    running.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
     """Describes the model served here: its name and its limits."""
@@ -86,8 +96,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
-      what was delivered stands and the rest was cut off. Send the request again, with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Send the same request again, with backoff: with a
+      `request_id` it is never run twice, and with `resume_from` its answer goes on where the reader was.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -97,12 +107,20 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     The first message comes as soon as the request is accepted and carries its id and the length of its prompt. Then come
     chunks: one for each new token where the reader keeps up, larger ones where it does not; a chunk never ends
     inside a UTF-8 character. The last message has a `finish_reason` and the usage. The deadline of the call is the deadline of the
-    request: when it passes, the tokens up to then were delivered and the status is `DEADLINE_EXCEEDED`. Ending the
-    call cancels the request: its blocks are free within one step.
+    request: when it passes, the tokens up to then were delivered and the status is `DEADLINE_EXCEEDED`.
+
+    A `request_id` names one request, while it runs and for as long as its result is kept: the same request under the same
+    id is the same request, whoever asks, also after a restart of the server, and each call reads its answer from
+    where it says. The deadline stays that of the first call.
+
+    When the last call that reads it ends before the answer does, the request runs on for `detach_timeout_s`, and is
+    cancelled then: its blocks are free within one step. A reader that wants it to end at once calls `Cancel`.
 
     Errors, beside those of the service:
 
-    * `ALREADY_EXISTS`: a request with this `request_id` is running. Choose another id.
+    * `ALREADY_EXISTS`: a request with this `request_id` but other content is running or kept. Choose another id.
+    * `DATA_LOSS`: the answer that `resume_from` goes on with is not known here: its result was kept long enough, or the
+      server was restarted without a journal. Send it again from the start, under another id.
     * `CANCELLED`: `Cancel` was called for this request.
     * `DEADLINE_EXCEEDED`: the deadline passed. Retrying with more time may help.
     * `INTERNAL`: this request, and no other, made a step fail on an executor; the message names it.
@@ -112,7 +130,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     Requests are admitted as the queue has room: a batch of any size never meets `RESOURCE_EXHAUSTED`, the server
     stops reading instead. A bad request is answered with its own `error` and disturbs no other. When the caller closes
-    its side, the stream ends after the last output. Ending the call cancels what still runs.
+    its side, the stream ends after the last output. When the call ends, each request that still runs is detached, as
+    that of a `Generate`; `resume_from` means nothing here.
 
     Errors, beside those of the service:
 
@@ -121,7 +140,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a request by id. Its stream ends with `CANCELLED`; its blocks are free within one step.
 
-    Cancelling a request that is unknown or has ended succeeds and changes nothing.
+    Cancelling a request that is unknown or has ended succeeds and changes nothing; one that is being accepted counts as
+    running.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the model served here: its name and its limits."""
@@ -134,8 +154,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     * `INVALID_ARGUMENT`: the message names the field, the value, the limit and the way out. Retrying cannot help.
     * `NOT_FOUND`: `model` is not the model served here.
     * `RESOURCE_EXHAUSTED`: the queue is full. The status carries a `google.rpc.RetryInfo`; wait that long and retry.
-    * `UNAVAILABLE`: the server is starting, draining or gone. Before the first message nothing was started; after it,
-      what was delivered stands and the rest was cut off. Send the request again, with backoff.
+    * `UNAVAILABLE`: the server is starting, draining or gone. Send the same request again, with backoff: with a
+      `request_id` it is never run twice, and with `resume_from` its answer goes on where the reader was.
     """
 
     @_abc_1.abstractmethod
@@ -149,12 +169,20 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         The first message comes as soon as the request is accepted and carries its id and the length of its prompt. Then come
         chunks: one for each new token where the reader keeps up, larger ones where it does not; a chunk never ends
         inside a UTF-8 character. The last message has a `finish_reason` and the usage. The deadline of the call is the deadline of the
-        request: when it passes, the tokens up to then were delivered and the status is `DEADLINE_EXCEEDED`. Ending the
-        call cancels the request: its blocks are free within one step.
+        request: when it passes, the tokens up to then were delivered and the status is `DEADLINE_EXCEEDED`.
+
+        A `request_id` names one request, while it runs and for as long as its result is kept: the same request under the same
+        id is the same request, whoever asks, also after a restart of the server, and each call reads its answer from
+        where it says. The deadline stays that of the first call.
+
+        When the last call that reads it ends before the answer does, the request runs on for `detach_timeout_s`, and is
+        cancelled then: its blocks are free within one step. A reader that wants it to end at once calls `Cancel`.
 
         Errors, beside those of the service:
 
-        * `ALREADY_EXISTS`: a request with this `request_id` is running. Choose another id.
+        * `ALREADY_EXISTS`: a request with this `request_id` but other content is running or kept. Choose another id.
+        * `DATA_LOSS`: the answer that `resume_from` goes on with is not known here: its result was kept long enough, or the
+          server was restarted without a journal. Send it again from the start, under another id.
         * `CANCELLED`: `Cancel` was called for this request.
         * `DEADLINE_EXCEEDED`: the deadline passed. Retrying with more time may help.
         * `INTERNAL`: this request, and no other, made a step fail on an executor; the message names it.
@@ -170,7 +198,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Requests are admitted as the queue has room: a batch of any size never meets `RESOURCE_EXHAUSTED`, the server
         stops reading instead. A bad request is answered with its own `error` and disturbs no other. When the caller closes
-        its side, the stream ends after the last output. Ending the call cancels what still runs.
+        its side, the stream ends after the last output. When the call ends, each request that still runs is detached, as
+        that of a `Generate`; `resume_from` means nothing here.
 
         Errors, beside those of the service:
 
@@ -185,7 +214,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
         """Cancels a request by id. Its stream ends with `CANCELLED`; its blocks are free within one step.
 
-        Cancelling a request that is unknown or has ended succeeds and changes nothing.
+        Cancelling a request that is unknown or has ended succeeds and changes nothing; one that is being accepted counts as
+        running.
         """
 
     @_abc_1.abstractmethod

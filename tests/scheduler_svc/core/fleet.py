@@ -2,18 +2,21 @@
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
+import pytest
 
 from executor_svc import batch as executor_batch
 from executor_svc.config import ExecutorConfig
-from executor_svc.executor import Executor
+from executor_svc.executor import Executor, PlanError
 from executor_svc.fake import FakeRunner, _mix, next_token
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc import wire
 from scheduler_svc.core.layer_groups import LayerGroup
-from scheduler_svc.core.plan import Capacity, Outputs
+from scheduler_svc.core.plan import Capacity, Outputs, ProtocolError, Result
 from scheduler_svc.core.request import FinishReason, Request, RequestState, Sampling, with_choices
 from scheduler_svc.core.scheduler import Scheduler
 
@@ -133,6 +136,10 @@ class Fleet:
         self.requests: list[Request] = []  # each choice by itself
         self.tokens: dict[Request, list[int]] = {}  # what each request's user received
         self.computed_count = 0  # tokens that executors computed
+        self.durable_counts: dict[Request, int] = {}  # tokens of each request that are written down
+        self.absent: dict[str, tuple[Executor, Capacity]] = {}  # alive, and not attached
+        self._acknowledged: dict[str, int] = {}
+        self._last: dict[str, tuple[bytes, Result]] = {}  # plan and result that each executor has seen last
         self._executors: dict[str, Executor] = {}
         self._plans: dict[str, deque[tuple[bytes, int]]] = {}  # sent and not run, each with its tokens
         self._step_s, self._token_s = step_s, token_s
@@ -141,6 +148,87 @@ class Fleet:
         self.scheduler.join(executor_id, capacity)
         self._executors[executor_id] = fake_executor(capacity)
         self._plans[executor_id] = deque()
+
+    def cut(self, executor_id: str, run_count: int, *, may_return: bool) -> list[Request]:
+        """Let the stream break: of the plans on their way `run_count` arrived and ran, and all results are lost."""
+        executor, plans = self._executors.pop(executor_id), self._plans.pop(executor_id)
+        for data, token_count in list(plans)[:run_count]:
+            executor.execute(pb.Plan.FromString(data))
+            self.computed_count += token_count
+        self.absent[executor_id] = executor, self.scheduler.executors[executor_id].capacity
+        return self.scheduler.lose(executor_id, may_return=may_return)
+
+    def come_back(self, executor_id: str) -> Outputs:
+        """Attach an executor again, with what it still has."""
+        executor, capacity = self.absent.pop(executor_id)
+        message = pb.Attached.FromString(executor.inventory().SerializeToString())
+        outputs = self.scheduler.resume(executor_id, capacity, wire.decode_inventory(message, self.find))
+        self._executors[executor_id], self._plans[executor_id] = executor, deque()
+        self._acknowledged.pop(executor_id, None)
+        self._receive(outputs)
+        return outputs
+
+    def vanish(self, executor_id: str) -> None:
+        """Let an absent executor be gone for good."""
+        del self.absent[executor_id]
+        self.scheduler.give_up(executor_id)
+
+    def find(self, request_id: str, choice: int) -> Request | None:
+        request = self.scheduler.get(request_id)
+        return request and request.family[choice]
+
+    def commit(self) -> None:
+        """Write down everything up to now, and tell the executors with their next plans."""
+        self.durable_counts = {request: len(tokens) for request, tokens in self.tokens.items()}
+        self._acknowledged = {
+            name: executor.in_flight[0].step - 1 if executor.in_flight else executor.step
+            for name, executor in self.scheduler.executors.items()
+        }
+
+    def restart(self, scheduler: Scheduler, run_counts: Sequence[int]) -> dict[Request, Request]:
+        """Let the scheduler be killed and another one take over what was written down; returns new by old requests.
+
+        Of the plans on their way to each executor as many as `run_counts` say arrived and ran.
+        """
+        owners = {r: r.executor.executor_id if r.executor else r.awaits for r in self.alive}
+        for executor_id, run_count in zip(list(self._executors), cycle(run_counts), strict=False):
+            self.cut(executor_id, run_count, may_return=True)
+        for capacity in self.scheduler._capacities:
+            scheduler.expect(capacity)
+        self.scheduler = scheduler
+        successors: dict[Request, Request] = {}
+        for first in [request for request in self.requests if request.choice == 0 and not request.has_ended]:
+            successors |= self._successors(first)
+            new = successors[first]
+            self.scheduler.restore(new, [owners.get(choice, "") for choice in first.family])
+        self.requests = [successors.get(request, request) for request in self.requests]
+        self.tokens = {
+            successors.get(request, request): tokens
+            if request.state is RequestState.FINISHED
+            else tokens[: self.durable_counts.get(request, 0)]
+            for request, tokens in self.tokens.items()
+        }
+        self.durable_counts = {successors.get(r, r): count for r, count in self.durable_counts.items()}
+        return successors
+
+    def _successors(self, first: Request) -> dict[Request, Request]:
+        """The choices of a request as they were written down."""
+        new = with_choices(_unplaced(first), len(first.family))
+        for old, choice in zip(first.family, new.family, strict=True):
+            kept = (
+                self.tokens[old]
+                if old.state is RequestState.FINISHED
+                else (self.tokens[old][: self.durable_counts.get(old, 0)])
+            )
+            if kept:
+                choice.token_ids = first.token_ids[: first.prompt_count] + array("I", kept)
+            if old.state is RequestState.FINISHED:
+                choice.state, choice.finish_reason, choice.error = old.state, old.finish_reason, old.error
+        return dict(zip(first.family, new.family, strict=True))
+
+    def _receive(self, outputs: Outputs) -> None:
+        for request, token in outputs.tokens:
+            self.tokens[request].append(token)
 
     def lose(self, executor_id: str) -> list[Request]:
         del self._executors[executor_id], self._plans[executor_id]
@@ -155,7 +243,8 @@ class Fleet:
     def plan(self, executor_id: str, now: float = 0.0):
         plan = self.scheduler.plan(executor_id, now)
         if plan is not None:
-            self._plans[executor_id].append((wire.encode_plan(plan).SerializeToString(), plan.token_count))
+            message = wire.encode_plan(plan, self._acknowledged.get(executor_id, 0))
+            self._plans[executor_id].append((message.SerializeToString(), plan.token_count))
         return plan
 
     def break_row(self, executor_id: str, slot: int) -> None:
@@ -172,10 +261,33 @@ class Fleet:
         result = wire.decode_result(pb.StepResult.FromString(message))
         result = replace(result, seconds=self._step_s + self._token_s * token_count)
         outputs = self.scheduler.apply(executor_id, result)
+        self._last[executor_id] = data, result
         self.computed_count += token_count
-        for request, token in outputs.tokens:
-            self.tokens[request].append(token)
+        self._receive(outputs)
         return outputs
+
+    def repeat(self, executor_id: str) -> None:
+        """Let a plan that was run, and a result that was applied, arrive again: both sides refuse them."""
+        if executor_id not in self._last or executor_id not in self._executors:
+            return
+        data, result = self._last[executor_id]
+        executor = self._executors[executor_id]
+        before = executor.inventory()
+        with pytest.raises(PlanError):
+            executor.execute(pb.Plan.FromString(data))
+        assert executor.inventory() == before
+        with pytest.raises(ProtocolError):
+            self.scheduler.apply(executor_id, result)
+
+    def swap(self, executor_id: str) -> None:
+        """Let two plans on their way arrive the wrong way round: the later one is refused, as if it had not come."""
+        if len(self._plans[executor_id]) < 2:
+            return
+        executor = self._executors[executor_id]
+        before = executor.inventory()
+        with pytest.raises(PlanError):
+            executor.execute(pb.Plan.FromString(self._plans[executor_id][1][0]))
+        assert executor.inventory() == before
 
     def run_all(self, step_limit: int = 10_000) -> int:
         """Plan and run until nothing is left that could run; returns the number of rounds."""
@@ -227,6 +339,18 @@ def make_request(
             **fields,
         ),
         choices,
+    )
+
+
+def _unplaced(request: Request) -> Request:
+    """The request as it was accepted."""
+    wanted = ("max_output_count", "sampling", "stop_token_ids", "deadline", "length_is_bounded", "priority", "tenant")
+    return Request(
+        request_id=request.request_id,
+        token_ids=request.token_ids[: request.prompt_count],
+        prompt_count=request.prompt_count,
+        cache_salt=request.cache_salt,
+        **{name: getattr(request, name) for name in wanted},
     )
 
 

@@ -24,37 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#paceline/internal/v1/executor.proto\x12\x14paceline.internal.v1\"\xd4\x01\n\x10SchedulerMessage\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x35\n\x06\x61ttach\x18\x03 \x01(\x0b\x32#.paceline.internal.v1.AttachRequestH\x00\x12*\n\x04plan\x18\x04 \x01(\x0b\x32\x1a.paceline.internal.v1.PlanH\x00\x12.\n\x06\x64\x65tach\x18\x05 \x01(\x0b\x32\x1c.paceline.internal.v1.DetachH\x00\x42\t\n\x07message\"\xa8\x01\n\x0f\x45xecutorMessage\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x32\n\x08\x61ttached\x18\x03 \x01(\x0b\x32\x1e.paceline.internal.v1.AttachedH\x00\x12\x32\n\x06result\x18\x04 \x01(\x0b\x32 .paceline.internal.v1.StepResultH\x00\x42\t\n\x07message\"E\n\rAttachRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\tJ\x04\x08\x03\x10\x08\"\x10\n\x08\x41ttachedJ\x04\x08\x01\x10\x08\"\x08\n\x06\x44\x65tach\"\xa9\x03\n\x04Plan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x15\n\rdropped_slots\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63opies\x18\x03 \x01(\x0c\x12\x36\n\x0cnew_requests\x18\x04 \x03(\x0b\x32 .paceline.internal.v1.NewRequest\x12\x16\n\x0e\x61ppended_slots\x18\x05 \x01(\x0c\x12\x1a\n\x12\x61ppended_block_ids\x18\x06 \x01(\x0c\x12\x17\n\x0f\x61ppended_groups\x18\x07 \x01(\x0c\x12\x16\n\x0e\x61\x64opting_slots\x18\x08 \x01(\x0c\x12\x1c\n\x14\x61\x64opted_token_counts\x18\t \x01(\x0c\x12\x14\n\x0cpaused_slots\x18\n \x01(\x0c\x12\x15\n\rskipped_slots\x18\x0b \x01(\x0c\x12\x13\n\x0b\x63hunk_slots\x18\x0c \x01(\x0c\x12\x1a\n\x12\x63hunk_token_counts\x18\r \x01(\x0c\x12\x1a\n\x12sampling_row_count\x18\x0e \x01(\r\x12\x31\n\x05trace\x18\x0f \x01(\x0b\x32\".paceline.internal.v1.TraceContextJ\x04\x08\x10\x10\x19\"\xc3\x02\n\nNewRequest\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x14\n\x0coutput_count\x18\x05 \x01(\r\x12\x16\n\x0e\x63omputed_count\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tables\x18\x07 \x03(\x0c\x12\x30\n\x08sampling\x18\x08 \x01(\x0b\x32\x1e.paceline.internal.v1.Sampling\x12\x16\n\x0estop_token_ids\x18\t \x01(\x0c\x12\x18\n\x10max_output_count\x18\n \x01(\r\x12\x31\n\x05trace\x18\x0b \x01(\x0b\x32\".paceline.internal.v1.TraceContext\x12\x0e\n\x06\x63hoice\x18\x0c \x01(\rJ\x04\x08\r\x10\x19\"Z\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x06\"\x94\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12/\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1f.paceline.internal.v1.SlotError\x12.\n\x07timings\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.TimingsJ\x04\x08\x05\x10\r\"*\n\tSlotError\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"h\n\x07Timings\x12\x11\n\tqueued_us\x18\x01 \x01(\r\x12\x0f\n\x07idle_us\x18\x02 \x01(\r\x12\x12\n\nprepare_us\x18\x03 \x01(\r\x12\x12\n\nforward_us\x18\x04 \x01(\r\x12\x11\n\tsample_us\x18\x05 \x01(\r\"@\n\x0cTraceContext\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\x12\x0f\n\x07span_id\x18\x02 \x01(\x0c\x12\r\n\x05\x66lags\x18\x03 \x01(\r2n\n\x0f\x45xecutorService\x12[\n\x06\x41ttach\x12&.paceline.internal.v1.SchedulerMessage\x1a%.paceline.internal.v1.ExecutorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#paceline/internal/v1/executor.proto\x12\x14paceline.internal.v1\"\xd4\x01\n\x10SchedulerMessage\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x35\n\x06\x61ttach\x18\x03 \x01(\x0b\x32#.paceline.internal.v1.AttachRequestH\x00\x12*\n\x04plan\x18\x04 \x01(\x0b\x32\x1a.paceline.internal.v1.PlanH\x00\x12.\n\x06\x64\x65tach\x18\x05 \x01(\x0b\x32\x1c.paceline.internal.v1.DetachH\x00\x42\t\n\x07message\"\xde\x01\n\x0f\x45xecutorMessage\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x32\n\x08\x61ttached\x18\x03 \x01(\x0b\x32\x1e.paceline.internal.v1.AttachedH\x00\x12\x32\n\x06result\x18\x04 \x01(\x0b\x32 .paceline.internal.v1.StepResultH\x00\x12\x34\n\x07started\x18\x05 \x01(\x0b\x32!.paceline.internal.v1.StepStartedH\x00\x42\t\n\x07message\"U\n\rAttachRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\x12\x0e\n\x06resume\x18\x03 \x01(\x08J\x04\x08\x04\x10\x08\"T\n\x08\x41ttached\x12\x11\n\tlast_step\x18\x01 \x01(\x04\x12/\n\x04held\x18\x02 \x03(\x0b\x32!.paceline.internal.v1.HeldAttemptJ\x04\x08\x03\x10\x08\"\xa7\x02\n\x0bHeldAttempt\x12\x11\n\x04slot\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x04\x12\x12\n\noutput_ids\x18\x06 \x01(\x0c\x12\x13\n\x0btokens_hash\x18\x07 \x01(\x0c\x12\x16\n\x0e\x63omputed_count\x18\x08 \x01(\r\x12.\n\x05state\x18\t \x01(\x0e\x32\x1f.paceline.internal.v1.HeldState\x12\x14\n\x0c\x62lock_tables\x18\n \x03(\x0c\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x15\n\rout_of_memory\x18\x0c \x01(\x08\x12\x0b\n\x03key\x18\r \x01(\x06\x42\x07\n\x05_slot\"\x08\n\x06\x44\x65tach\"\xd7\x03\n\x04Plan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x15\n\rdropped_slots\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63opies\x18\x03 \x01(\x0c\x12\x36\n\x0cnew_requests\x18\x04 \x03(\x0b\x32 .paceline.internal.v1.NewRequest\x12\x16\n\x0e\x61ppended_slots\x18\x05 \x01(\x0c\x12\x1a\n\x12\x61ppended_block_ids\x18\x06 \x01(\x0c\x12\x17\n\x0f\x61ppended_groups\x18\x07 \x01(\x0c\x12\x16\n\x0e\x61\x64opting_slots\x18\x08 \x01(\x0c\x12\x1c\n\x14\x61\x64opted_token_counts\x18\t \x01(\x0c\x12\x14\n\x0cpaused_slots\x18\n \x01(\x0c\x12\x15\n\rskipped_slots\x18\x0b \x01(\x0c\x12\x13\n\x0b\x63hunk_slots\x18\x0c \x01(\x0c\x12\x1a\n\x12\x63hunk_token_counts\x18\r \x01(\x0c\x12\x1a\n\x12sampling_row_count\x18\x0e \x01(\r\x12\x31\n\x05trace\x18\x0f \x01(\x0b\x32\".paceline.internal.v1.TraceContext\x12\x19\n\x11\x61\x63knowledged_step\x18\x10 \x01(\x04\x12\x11\n\tannounces\x18\x11 \x01(\x08J\x04\x08\x12\x10\x19\"\xd0\x02\n\nNewRequest\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x14\n\x0coutput_count\x18\x05 \x01(\r\x12\x16\n\x0e\x63omputed_count\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tables\x18\x07 \x03(\x0c\x12\x30\n\x08sampling\x18\x08 \x01(\x0b\x32\x1e.paceline.internal.v1.Sampling\x12\x16\n\x0estop_token_ids\x18\t \x01(\x0c\x12\x18\n\x10max_output_count\x18\n \x01(\r\x12\x31\n\x05trace\x18\x0b \x01(\x0b\x32\".paceline.internal.v1.TraceContext\x12\x0e\n\x06\x63hoice\x18\x0c \x01(\r\x12\x0b\n\x03key\x18\r \x01(\x06J\x04\x08\x0e\x10\x19\"Z\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x06\"\x1b\n\x0bStepStarted\x12\x0c\n\x04step\x18\x01 \x01(\x04\"\x94\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12/\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1f.paceline.internal.v1.SlotError\x12.\n\x07timings\x18\x04 \x01(\x0b\x32\x1d.paceline.internal.v1.TimingsJ\x04\x08\x05\x10\r\"A\n\tSlotError\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rout_of_memory\x18\x03 \x01(\x08\"h\n\x07Timings\x12\x11\n\tqueued_us\x18\x01 \x01(\r\x12\x0f\n\x07idle_us\x18\x02 \x01(\r\x12\x12\n\nprepare_us\x18\x03 \x01(\r\x12\x12\n\nforward_us\x18\x04 \x01(\r\x12\x11\n\tsample_us\x18\x05 \x01(\r\"@\n\x0cTraceContext\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\x12\x0f\n\x07span_id\x18\x02 \x01(\x0c\x12\r\n\x05\x66lags\x18\x03 \x01(\r*s\n\tHeldState\x12\x1a\n\x16HELD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16HELD_STATE_CATCHING_UP\x10\x01\x12\x17\n\x13HELD_STATE_DECODING\x10\x02\x12\x15\n\x11HELD_STATE_HALTED\x10\x03\x32n\n\x0f\x45xecutorService\x12[\n\x06\x41ttach\x12&.paceline.internal.v1.SchedulerMessage\x1a%.paceline.internal.v1.ExecutorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.internal.v1.executor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_HELDSTATE']._serialized_start=2306
+  _globals['_HELDSTATE']._serialized_end=2421
   _globals['_SCHEDULERMESSAGE']._serialized_start=62
   _globals['_SCHEDULERMESSAGE']._serialized_end=274
   _globals['_EXECUTORMESSAGE']._serialized_start=277
-  _globals['_EXECUTORMESSAGE']._serialized_end=445
-  _globals['_ATTACHREQUEST']._serialized_start=447
-  _globals['_ATTACHREQUEST']._serialized_end=516
-  _globals['_ATTACHED']._serialized_start=518
-  _globals['_ATTACHED']._serialized_end=534
-  _globals['_DETACH']._serialized_start=536
-  _globals['_DETACH']._serialized_end=544
-  _globals['_PLAN']._serialized_start=547
-  _globals['_PLAN']._serialized_end=972
-  _globals['_NEWREQUEST']._serialized_start=975
-  _globals['_NEWREQUEST']._serialized_end=1298
-  _globals['_SAMPLING']._serialized_start=1300
-  _globals['_SAMPLING']._serialized_end=1390
-  _globals['_STEPRESULT']._serialized_start=1393
-  _globals['_STEPRESULT']._serialized_end=1541
-  _globals['_SLOTERROR']._serialized_start=1543
-  _globals['_SLOTERROR']._serialized_end=1585
-  _globals['_TIMINGS']._serialized_start=1587
-  _globals['_TIMINGS']._serialized_end=1691
-  _globals['_TRACECONTEXT']._serialized_start=1693
-  _globals['_TRACECONTEXT']._serialized_end=1757
-  _globals['_EXECUTORSERVICE']._serialized_start=1759
-  _globals['_EXECUTORSERVICE']._serialized_end=1869
+  _globals['_EXECUTORMESSAGE']._serialized_end=499
+  _globals['_ATTACHREQUEST']._serialized_start=501
+  _globals['_ATTACHREQUEST']._serialized_end=586
+  _globals['_ATTACHED']._serialized_start=588
+  _globals['_ATTACHED']._serialized_end=672
+  _globals['_HELDATTEMPT']._serialized_start=675
+  _globals['_HELDATTEMPT']._serialized_end=970
+  _globals['_DETACH']._serialized_start=972
+  _globals['_DETACH']._serialized_end=980
+  _globals['_PLAN']._serialized_start=983
+  _globals['_PLAN']._serialized_end=1454
+  _globals['_NEWREQUEST']._serialized_start=1457
+  _globals['_NEWREQUEST']._serialized_end=1793
+  _globals['_SAMPLING']._serialized_start=1795
+  _globals['_SAMPLING']._serialized_end=1885
+  _globals['_STEPSTARTED']._serialized_start=1887
+  _globals['_STEPSTARTED']._serialized_end=1914
+  _globals['_STEPRESULT']._serialized_start=1917
+  _globals['_STEPRESULT']._serialized_end=2065
+  _globals['_SLOTERROR']._serialized_start=2067
+  _globals['_SLOTERROR']._serialized_end=2132
+  _globals['_TIMINGS']._serialized_start=2134
+  _globals['_TIMINGS']._serialized_end=2238
+  _globals['_TRACECONTEXT']._serialized_start=2240
+  _globals['_TRACECONTEXT']._serialized_end=2304
+  _globals['_EXECUTORSERVICE']._serialized_start=2423
+  _globals['_EXECUTORSERVICE']._serialized_end=2533
 # @@protoc_insertion_point(module_scope)

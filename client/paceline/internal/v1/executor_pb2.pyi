@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _HeldState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HeldStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeldState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HELD_STATE_UNSPECIFIED: _HeldState.ValueType  # 0
+    HELD_STATE_CATCHING_UP: _HeldState.ValueType  # 1
+    """It waits for a chunk: not all of its known tokens are computed."""
+    HELD_STATE_DECODING: _HeldState.ValueType  # 2
+    """It computes the token that it sampled last in every step, without being named."""
+    HELD_STATE_HALTED: _HeldState.ValueType  # 3
+    """It computes nothing more: it came to a stop token or to its length, was paused, or failed."""
+
+class HeldState(_HeldState, metaclass=_HeldStateEnumTypeWrapper):
+    """What an attempt that an executor holds would do next."""
+
+HELD_STATE_UNSPECIFIED: HeldState.ValueType  # 0
+HELD_STATE_CATCHING_UP: HeldState.ValueType  # 1
+"""It waits for a chunk: not all of its known tokens are computed."""
+HELD_STATE_DECODING: HeldState.ValueType  # 2
+"""It computes the token that it sampled last in every step, without being named."""
+HELD_STATE_HALTED: HeldState.ValueType  # 3
+"""It computes nothing more: it came to a stop token or to its length, was paused, or failed."""
+Global___HeldState: _TypeAlias = HeldState  # noqa: Y015
 
 @_typing.final
 class SchedulerMessage(_message.Message):
@@ -64,6 +91,7 @@ class ExecutorMessage(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     ATTACHED_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The epoch of the scheduler that is attached."""
     incarnation: _builtins.int
@@ -72,6 +100,8 @@ class ExecutorMessage(_message.Message):
     def attached(self) -> Global___Attached: ...
     @_builtins.property
     def result(self) -> Global___StepResult: ...
+    @_builtins.property
+    def started(self) -> Global___StepStarted: ...
     def __init__(
         self,
         *,
@@ -79,12 +109,13 @@ class ExecutorMessage(_message.Message):
         incarnation: _builtins.int = ...,
         attached: Global___Attached | None = ...,
         result: Global___StepResult | None = ...,
+        started: Global___StepStarted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "message", b"message", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "message", b"message", "result", b"result", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "incarnation", b"incarnation", "message", b"message", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "incarnation", b"incarnation", "message", b"message", "result", b"result", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attached", "result"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attached", "result", "started"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -92,25 +123,31 @@ Global___ExecutorMessage: _TypeAlias = ExecutorMessage  # noqa: Y015
 
 @_typing.final
 class AttachRequest(_message.Message):
-    """Opens an attachment. All slots are empty after it."""
+    """Opens an attachment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SCHEDULER_ID_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """Version of this package that the scheduler speaks: 1."""
+    """Version of this package that the attachment uses: the newest that both sides speak. Today there is only 1."""
     scheduler_id: _builtins.str
     """Random name of this life of the scheduler: tells two schedulers apart that claim the same epoch."""
+    resume: _builtins.bool
+    """Takes over what an earlier attachment left, as `Attached` lists it. Unset: the executor forgets it, and all slots
+    are empty.
+    """
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         scheduler_id: _builtins.str = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "scheduler_id", b"scheduler_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "resume", b"resume", "scheduler_id", b"scheduler_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,24 +155,116 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
 class Attached(_message.Message):
-    """Answers `AttachRequest`. The first plan has `step` 1."""
+    """Answers `AttachRequest`, once the step that was running has ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    LAST_STEP_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    last_step: _builtins.int
+    """The last step that ran: the next plan has the number after it. 0 without `resume`, or where nothing was left."""
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAttempt]:
+        """What the executor holds: one entry for each slot that is taken, and one for each attempt that lost its slot after a
+        step that was not acknowledged. Blocks that no entry with a slot names are free.
+        """
+
     def __init__(
         self,
+        *,
+        last_step: _builtins.int = ...,
+        held: _abc.Iterable[Global___HeldAttempt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "last_step", b"last_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attached: _TypeAlias = Attached  # noqa: Y015
 
 @_typing.final
+class HeldAttempt(_message.Message):
+    """One attempt at a request, as the executor holds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    OUTPUT_IDS_FIELD_NUMBER: _builtins.int
+    TOKENS_HASH_FIELD_NUMBER: _builtins.int
+    COMPUTED_COUNT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BLOCK_TABLES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """Its slot. Unset: it was dropped, and is listed for its output alone."""
+    request_id: _builtins.str
+    """Id of the request."""
+    choice: _builtins.int
+    """Which continuation of the prompt it is."""
+    epoch: _builtins.int
+    """The epoch and the attempt under which it was placed here."""
+    attempt: _builtins.int
+    output_ids: _builtins.bytes
+    """Everything that was generated, before it came here and here. Little-endian uint32."""
+    tokens_hash: _builtins.bytes
+    """BLAKE2b (RFC 7693) with a digest of 16 bytes over all of its tokens, prompt and output, as little-endian uint32:
+    whoever takes it over knows the same tokens, or leaves it.
+    """
+    computed_count: _builtins.int
+    """How many of these tokens have their keys and values in its blocks."""
+    state: Global___HeldState.ValueType
+    """What it would do next."""
+    error: _builtins.str
+    """Why it failed here; it computes nothing more. Empty: it did not."""
+    out_of_memory: _builtins.bool
+    """It failed for want of memory alone, as `SlotError.out_of_memory` says."""
+    key: _builtins.int
+    """`NewRequest.key` of it."""
+    @_builtins.property
+    def block_tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Its block table in each layer group, in the order of `ExecutorCapacity.layer_groups`. Little-endian uint32;
+        4294967295 is no block, and entries behind what its next token sees may be stale.
+        """
+
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
+        choice: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        output_ids: _builtins.bytes = ...,
+        tokens_hash: _builtins.bytes = ...,
+        computed_count: _builtins.int = ...,
+        state: Global___HeldState.ValueType = ...,
+        block_tables: _abc.Iterable[_builtins.bytes] | None = ...,
+        error: _builtins.str = ...,
+        out_of_memory: _builtins.bool = ...,
+        key: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "attempt", b"attempt", "block_tables", b"block_tables", "choice", b"choice", "computed_count", b"computed_count", "epoch", b"epoch", "error", b"error", "key", b"key", "out_of_memory", b"out_of_memory", "output_ids", b"output_ids", "request_id", b"request_id", "slot", b"slot", "state", b"state", "tokens_hash", b"tokens_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
+    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
+
+Global___HeldAttempt: _TypeAlias = HeldAttempt  # noqa: Y015
+
+@_typing.final
 class Detach(_message.Message):
-    """Ends an attachment in good order, after the last result: the executor was draining and nothing is left on it."""
+    """Ends an attachment in good order, after the last result: the executor drains and nothing is left on it. The process
+    forgets every slot, and may end.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -176,8 +305,12 @@ class Plan(_message.Message):
     CHUNK_TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     SAMPLING_ROW_COUNT_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_STEP_FIELD_NUMBER: _builtins.int
+    ANNOUNCES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Number of this step: exactly one more than that of the plan before it, 1 in a new attachment."""
+    """Number of this step: exactly one more than that of the plan before it; the first has the one after
+    `Attached.last_step`.
+    """
     dropped_slots: _builtins.bytes
     """Slots that stop computing and forget their request, before anything else in this plan. Little-endian uint16."""
     copies: _builtins.bytes
@@ -216,6 +349,12 @@ class Plan(_message.Message):
     """How many slots sample a token in this step by the scheduler's count: a check that both sides see the same slots.
     A slot that has stopped itself, and was not dropped or paused yet, counts.
     """
+    acknowledged_step: _builtins.int
+    """The tokens of all results up to this step are kept elsewhere: the executor need not tell them again. Unset: as the
+    plan before says.
+    """
+    announces: _builtins.bool
+    """Asks for a `started` right before this step runs: a request in it is suspected of having killed an executor."""
     @_builtins.property
     def new_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewRequest]:
         """Requests that start here, each in a slot that is empty now."""
@@ -242,10 +381,12 @@ class Plan(_message.Message):
         chunk_token_counts: _builtins.bytes = ...,
         sampling_row_count: _builtins.int = ...,
         trace: Global___TraceContext | None = ...,
+        acknowledged_step: _builtins.int = ...,
+        announces: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_token_counts", b"adopted_token_counts", "adopting_slots", b"adopting_slots", "appended_block_ids", b"appended_block_ids", "appended_groups", b"appended_groups", "appended_slots", b"appended_slots", "chunk_slots", b"chunk_slots", "chunk_token_counts", b"chunk_token_counts", "copies", b"copies", "dropped_slots", b"dropped_slots", "new_requests", b"new_requests", "paused_slots", b"paused_slots", "sampling_row_count", b"sampling_row_count", "skipped_slots", b"skipped_slots", "step", b"step", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_step", b"acknowledged_step", "adopted_token_counts", b"adopted_token_counts", "adopting_slots", b"adopting_slots", "announces", b"announces", "appended_block_ids", b"appended_block_ids", "appended_groups", b"appended_groups", "appended_slots", b"appended_slots", "chunk_slots", b"chunk_slots", "chunk_token_counts", b"chunk_token_counts", "copies", b"copies", "dropped_slots", b"dropped_slots", "new_requests", b"new_requests", "paused_slots", b"paused_slots", "sampling_row_count", b"sampling_row_count", "skipped_slots", b"skipped_slots", "step", b"step", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,12 +410,13 @@ class NewRequest(_message.Message):
     MAX_OUTPUT_COUNT_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The slot it takes, below the executor's `slot_count`."""
     request_id: _builtins.str
     """Id of the request, for logs, errors and traces."""
     attempt: _builtins.int
-    """Which placement of the request this is, by the scheduler's count. Unique under one epoch."""
+    """Which placement of a request this is, by the scheduler's count. Unique under one epoch."""
     token_ids: _builtins.bytes
     """All tokens known: the prompt, then what was generated before it came here. Little-endian uint32."""
     output_count: _builtins.int
@@ -289,6 +431,10 @@ class NewRequest(_message.Message):
     """It stops when this many tokens were generated, those before it came here included."""
     choice: _builtins.int
     """Which of the continuations of one prompt this is, from 0. Part of what its noise depends on."""
+    key: _builtins.int
+    """The scheduler's number for this choice, which no other ever has: two requests may have the same id, one after the
+    other.
+    """
     @_builtins.property
     def block_tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The first entries of the block table of each layer group, in the order of `ExecutorCapacity.layer_groups`.
@@ -318,10 +464,11 @@ class NewRequest(_message.Message):
         max_output_count: _builtins.int = ...,
         trace: Global___TraceContext | None = ...,
         choice: _builtins.int = ...,
+        key: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tables", b"block_tables", "choice", b"choice", "computed_count", b"computed_count", "max_output_count", b"max_output_count", "output_count", b"output_count", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_tables", b"block_tables", "choice", b"choice", "computed_count", b"computed_count", "key", b"key", "max_output_count", b"max_output_count", "output_count", b"output_count", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,6 +511,27 @@ class Sampling(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
+
+@_typing.final
+class StepStarted(_message.Message):
+    """A step whose plan asked for it is about to run. If it is the last that is heard of the process, the step killed it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepStarted: _TypeAlias = StepStarted  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
@@ -413,18 +581,22 @@ class SlotError(_message.Message):
 
     SLOT_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     message: _builtins.str
     """What went wrong, for the user and the log."""
+    out_of_memory: _builtins.bool
+    """The device had no memory for it, even alone. It may run elsewhere, or here at another time."""
     def __init__(
         self,
         *,
         slot: _builtins.int = ...,
         message: _builtins.str = ...,
+        out_of_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "out_of_memory", b"out_of_memory", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,8 +39,10 @@ class ExecutorServiceStub:
     """Attaches a scheduler to this executor: plans go down, one result comes back for each.
 
     The first message each way is `attach` and `attached`. At most two plans may be without a result. Plans run in
-    order; a result answers the plan with the same `step`. When the stream ends, for whatever reason, the executor
-    forgets every slot; the scheduler plans its requests again elsewhere, or here on a new attachment.
+    order; a result answers the plan with the same `step`. When the stream ends without a `detach`, the executor
+    finishes the step that runs, drops the plan behind it, and keeps its slots, its cache and what was not acknowledged
+    for its resume window: an attachment within it that asks for them with `resume` takes them over, be it of the same
+    scheduler after a cut line or of one with a higher epoch after a restart.
 
     Every message carries the scheduler's `epoch` and the executor's `incarnation`. A message that names others was
     meant for somebody else: it is refused, and nothing happens.
@@ -66,8 +68,10 @@ class ExecutorServiceAsyncStub(ExecutorServiceStub):
     """Attaches a scheduler to this executor: plans go down, one result comes back for each.
 
     The first message each way is `attach` and `attached`. At most two plans may be without a result. Plans run in
-    order; a result answers the plan with the same `step`. When the stream ends, for whatever reason, the executor
-    forgets every slot; the scheduler plans its requests again elsewhere, or here on a new attachment.
+    order; a result answers the plan with the same `step`. When the stream ends without a `detach`, the executor
+    finishes the step that runs, drops the plan behind it, and keeps its slots, its cache and what was not acknowledged
+    for its resume window: an attachment within it that asks for them with `resume` takes them over, be it of the same
+    scheduler after a cut line or of one with a higher epoch after a restart.
 
     Every message carries the scheduler's `epoch` and the executor's `incarnation`. A message that names others was
     meant for somebody else: it is refused, and nothing happens.
@@ -96,8 +100,10 @@ class ExecutorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Attaches a scheduler to this executor: plans go down, one result comes back for each.
 
         The first message each way is `attach` and `attached`. At most two plans may be without a result. Plans run in
-        order; a result answers the plan with the same `step`. When the stream ends, for whatever reason, the executor
-        forgets every slot; the scheduler plans its requests again elsewhere, or here on a new attachment.
+        order; a result answers the plan with the same `step`. When the stream ends without a `detach`, the executor
+        finishes the step that runs, drops the plan behind it, and keeps its slots, its cache and what was not acknowledged
+        for its resume window: an attachment within it that asks for them with `resume` takes them over, be it of the same
+        scheduler after a cut line or of one with a higher epoch after a restart.
 
         Every message carries the scheduler's `epoch` and the executor's `incarnation`. A message that names others was
         meant for somebody else: it is refused, and nothing happens.
