@@ -63,5 +63,7 @@ def _sdk_error(error: Exception) -> CommandError:
     elif status == "INTERNAL":
         what_to_do = "report it with the id of the request"
     elif status == "DEADLINE_EXCEEDED":
-        what_to_do = "allow more time with --timeout, or ask for fewer tokens with --max-tokens"
+        what_to_do = "allow more time with --timeout, a shorter prompt, or fewer tokens with --max-tokens"
+    elif status == "DATA_LOSS":
+        what_to_do = "run the command again: the server was restarted and does not know the answer any more"
     return CommandError(message, what_to_do, exit_code=exit_code)

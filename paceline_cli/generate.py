@@ -63,6 +63,12 @@ def generate(
     [dim]$[/] paceline generate "Once upon a time" --n 4 --temperature 1
     [dim]$[/] cat story.txt | paceline generate - --temperature 0.8 --seed 7
     [dim]$[/] paceline generate --input prompts.jsonl --output answers.jsonl
+
+    A line of a .jsonl file is a string, or an object: `prompt` (text or token ids)
+    or `messages`, and any options under their names in the Python client. An `id`
+    comes back with the answer.
+
+    {"prompt": "Once upon", "max_output_tokens": 8, "seed": 7, "id": "a-1"}
     """
     settings = flags.given(
         max_output_tokens=max_tokens, stop=stop, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos,
@@ -108,11 +114,29 @@ def _print_text(answer: Any, stream: bool) -> None:
 
 
 def _print_choices(answer: Any, count: int, stream: bool) -> None:
-    """Print each of several continuations whole under a heading: as soon as it has ended if `stream`, else in order."""
-    ended = (chunk.choice for chunk in answer if chunk.finish_reason)
-    for index in ended if stream else sorted(ended):
-        terminal.stdout().print(f"[dim]── {index + 1} of {count} ──[/]")
-        _write(answer.texts[index] + "\n")
+    """Print each of several continuations whole under a heading: as soon as it has ended if `stream`, else in order.
+
+    What a time-out or Ctrl-C left unfinished comes last, and says so: it may be all that is wanted.
+    """
+    ended: set[int] = set()
+    try:
+        for chunk in answer:
+            if chunk.finish_reason:
+                ended.add(chunk.choice)
+                if stream:
+                    _print_choice(answer, chunk.choice, count)
+    finally:
+        if not stream:
+            for index in sorted(ended):
+                _print_choice(answer, index, count)
+        for index in sorted(set(range(count)) - ended):
+            if answer.texts[index]:
+                _print_choice(answer, index, count, ", unfinished")
+
+
+def _print_choice(answer: Any, index: int, count: int, note: str = "") -> None:
+    terminal.stdout().print(f"[dim]── {index + 1} of {count}{note} ──[/]")
+    _write(answer.texts[index] + "\n")
 
 
 def _write(text: str) -> None:

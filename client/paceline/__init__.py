@@ -12,6 +12,7 @@
 from paceline.aio import AsyncClient, AsyncStream
 from paceline.client import Client, Stream
 from paceline.errors import (
+    AnswerLost,
     Cancelled,
     InvalidRequest,
     Overloaded,
@@ -23,6 +24,7 @@ from paceline.errors import (
 from paceline.types import Choice, Chunk, FinishReason, Model, Output, Usage
 
 __all__ = [
+    "AnswerLost",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",

@@ -1,10 +1,10 @@
 """Reads what a server answers: the stream of one request, and the whole values."""
 
-from grpc import RpcError
+from grpc import RpcError, StatusCode
 
 from paceline._calls import Attempts
 from paceline._requests import choice_count, unpacked
-from paceline.errors import ServerError, error_of_call
+from paceline.errors import PacelineError, ServerError, error_of_call
 from paceline.types import Choice, Chunk, FinishReason, Model, Output, Usage
 from paceline.v1 import inference_pb2 as pb
 
@@ -17,8 +17,10 @@ _FINISH_REASONS = {
 class _ChoiceSoFar:
     """What has come of one continuation."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.texts: list[str] = []
+        self.text_length = 0  # of all `texts`, in code points
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None  # set once it has ended
 
@@ -26,15 +28,37 @@ class _ChoiceSoFar:
     def text(self) -> str:
         return "".join(self.texts)
 
+    def add(self, message: pb.GenerateResponse, request_id: str) -> tuple[int, ...]:
+        """Append what `message` brings, and return its tokens; `ServerError` unless it follows what there is."""
+        token_ids = unpacked(message.token_ids)
+        token_count = message.output_token_count - len(token_ids)
+        text_length = message.text_length - len(message.text)
+        if (token_count, text_length) != (len(self.token_ids), self.text_length):
+            raise ServerError(
+                f"the server goes on after {token_count} tokens and {text_length} characters of choice {self.index}, "
+                f"but {len(self.token_ids)} tokens and {self.text_length} characters had come",
+                request_id=request_id,
+            )
+        self.texts.append(message.text)
+        self.text_length += len(message.text)
+        self.token_ids.extend(token_ids)
+        return token_ids
+
 
 class Answer:
-    """What has come of one request so far; the streams of both clients are this and a way to wait."""
+    """What has come of one request so far; the streams of both clients are this and a way to wait.
+
+    A call that breaks once its request was accepted is followed by another, which goes on where the answer so far ends.
+    """
 
     def __init__(self, request: pb.GenerateRequest, attempts: Attempts) -> None:
+        self._request = request
         self._request_id = request.request_id
         self._choice_count = choice_count(request)
         self._attempts = attempts
-        self._is_accepted = False  # a first message came; another attempt would repeat tokens
+        self._is_accepted = False  # a first message came: the server runs the request also if this call breaks
+        self._is_answered = False  # a first message came in the present call
+        self._is_over = False  # ended, failed or left: nothing more comes, and there is nothing to cancel
         self._choices: dict[int, _ChoiceSoFar] = {}  # by index, below `_choice_count`; there once a message came for it
         self._output: Output | None = None  # set by the message with the usage, if every choice has ended
 
@@ -62,27 +86,42 @@ class Answer:
 
     def _add(self, message: pb.GenerateResponse) -> Chunk | None:
         """Take in one message; None where it brings nothing new for the reader."""
-        self._is_accepted = True
+        self._is_accepted = self._is_answered = True
+        has_usage = message.HasField("usage")
+        if not (message.text or message.token_ids or message.finish_reason or has_usage):
+            return None  # the first message of a call
         if message.choice >= self._choice_count:
             raise ServerError(
                 f"the server sent a piece of choice {message.choice}, but the request has n={self._choice_count}",
                 request_id=self.request_id,
             )
-        token_ids = unpacked(message.token_ids)
-        choice = self._choices.setdefault(message.choice, _ChoiceSoFar())
-        choice.texts.append(message.text)
-        choice.token_ids.extend(token_ids)
-        finish_reason = _finish_reason(message.finish_reason) if message.finish_reason else None
-        choice.finish_reason = choice.finish_reason or finish_reason
-        usage = _usage(message.usage) if message.HasField("usage") else None
+        choice = self._choices.setdefault(message.choice, _ChoiceSoFar(message.choice))
+        token_ids = choice.add(message, self.request_id)
+        finish_reason = None
+        if message.finish_reason and choice.finish_reason is None:  # after a break the server says it once more
+            finish_reason = choice.finish_reason = _finish_reason(message.finish_reason)
+        usage = _usage(message.usage) if has_usage else None
         if usage is not None and (choices := self._whole_choices()):
             self._output = _output(self.request_id, choices, usage)
+            self._is_over = True
         if not (message.text or token_ids or finish_reason or usage):
             return None
+        self._attempts.note_progress()
         return Chunk(message.text, token_ids, finish_reason, usage, message.choice)
 
+    def _next_request(self) -> pb.GenerateRequest:
+        """What the next call sends: the request, and where its answer goes on."""
+        self._is_answered = False
+        request = pb.GenerateRequest()
+        request.CopyFrom(self._request)
+        for index, choice in self._choices.items():
+            request.resume_from.add(
+                choice=index, output_token_count=len(choice.token_ids), text_length=choice.text_length
+            )
+        return request
+
     def _choice(self, index: int) -> _ChoiceSoFar:
-        return self._choices.get(index) or _ChoiceSoFar()
+        return self._choices.get(index) or _ChoiceSoFar(index)
 
     def _whole_choices(self) -> tuple[Choice, ...]:
         """All choices by index once every one has ended; none before."""
@@ -94,16 +133,41 @@ class Answer:
         return choices if len(choices) == self._choice_count else ()
 
     def _wait_s(self, failure: RpcError) -> float:
-        """Seconds to wait before the request is sent again; raises where that would repeat tokens or cannot help."""
-        if self._is_accepted:
-            token_count = sum(len(choice.token_ids) for choice in self._choices.values())
-            raise error_of_call(failure, self.request_id, f" (after {token_count} tokens)")
-        return self._attempts.wait_s(error_of_call(failure, self.request_id))
+        """Seconds to wait before the next call; raises the error of `failure` where there is none."""
+        error = error_of_call(failure, self.request_id, self._note())
+        try:
+            if not self._is_accepted:
+                return self._attempts.wait_s(error)
+            if self._is_answered and error.code is not StatusCode.UNAVAILABLE:
+                raise error  # the server's last word on a request that it had taken
+            return self._attempts.wait_after_break_s(error, was_answered=self._is_answered)
+        except PacelineError:
+            self._is_over = True
+            raise
+
+    def _note(self) -> str:
+        """How far the answer had come, for the message of its error."""
+        if not self._is_accepted:
+            return ""
+        token_count = sum(len(choice.token_ids) for choice in self._choices.values())
+        away_s = self._attempts.away_s
+        return f" (after {token_count} tokens" + (f", then {away_s:.1f} s without the server)" if away_s else ")")
+
+    def _leave(self) -> bool:
+        """Nobody reads on; returns whether the server has to be told, since the request outlives its call."""
+        was_over, self._is_over = self._is_over, True
+        return self._runs_on and not was_over
+
+    @property
+    def _runs_on(self) -> bool:
+        """Whether the request goes on when its call ends."""
+        return self._request.detach_timeout_s > 0
 
     def _check_complete(self) -> None:
         """The server ended the stream without an error: it must have said why each choice ended, and the usage."""
         if self._output is not None:
             return
+        self._is_over = True
         for index in range(self._choice_count):
             if self._choice(index).finish_reason is None:
                 raise ServerError(

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from reprlib import repr as shortened
 from typing import Any, Literal, TypeAlias
 
-from grpc import RpcError, StatusCode
+from grpc import StatusCode
 
 from paceline._answer import output_of
-from paceline._calls import Attempts
+from paceline._calls import Attempts, is_retryable
 from paceline._requests import generate_request, with_defaults
 from paceline.errors import (
     InvalidRequest,
@@ -15,8 +15,8 @@ from paceline.errors import (
     ServerError,
     at_prompt,
     error_of,
-    error_of_call,
     error_of_number,
+    reached_nobody,
 )
 from paceline.types import Output, Prompt
 from paceline.v1 import inference_pb2 as pb
@@ -28,12 +28,17 @@ A conversation may stand under `"messages"` instead."""
 OnError: TypeAlias = Literal["raise", "return"]
 OnProgress: TypeAlias = Callable[[int, int], object]
 
+_MOST_CANCELS = 1024
+"""Requests of one batch that are cancelled one by one. A server does not let in more than that of a batch at once, and
+takes them in order, so that those behind were not begun."""
+
 
 class Batch:
     """Requests with an outcome, requests without, and what decides whether the latter are sent again.
 
-    Outputs come whole, so sending an unanswered request again never repeats anything: a request that meets a full or
-    restarting server stays unanswered until the retries are used up. Each outcome makes all retries available again.
+    Outputs come whole and ids are those of before, so sending an unanswered request again never repeats or runs
+    anything twice: a request that meets a full or restarting server stays unanswered until the retries are used up, or
+    after a call that broke, the patience. Each outcome makes all of both available again.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class Batch:
         self._done_count = 0  # outcomes that are not None
         self._unanswered: dict[int, pb.GenerateRequest] = {}  # by index; disjoint from what has an outcome
         self._refusals: dict[int, PacelineError] = {}  # why the last attempt at an unanswered request failed
+        self._is_reached = False  # some attempt got through to the server, which may run what it has not answered
+        self._is_given_up = False  # no further attempt is made
         refused: dict[int, PacelineError] = {}
         for index, prompt in enumerate(_checked(prompts)):
             self._outcomes.append(None)
@@ -73,6 +80,11 @@ class Batch:
         """What the next attempt sends: every request without an outcome."""
         return [pb.GenerateBatchRequest(index=index, request=request) for index, request in self._unanswered.items()]
 
+    def open_ids(self) -> list[str]:
+        """Ids of the requests that may run on when nobody reads their outputs."""
+        requests = [] if self._is_given_up else list(self._unanswered.values())[:_MOST_CANCELS]
+        return [request.request_id for request in requests if request.detach_timeout_s]
+
     def add(self, message: pb.GenerateBatchResponse) -> None:
         """Take in one answer; raises its error if that is what the caller asked for."""
         request = self._unanswered.get(message.index)
@@ -84,27 +96,22 @@ class Batch:
         error = error_of_number(
             message.error.code, message.error.message, message.error.request_id or request.request_id
         )
-        if self._attempts.is_retryable(error):
+        if is_retryable(error):
             self._refusals[message.index] = error
         else:
             self._settle(message.index, error)
 
-    def wait_s(self, failure: RpcError | None) -> float:
-        """Seconds to wait before the next attempt, after one that ended with `failure` or, if None, in order.
+    def wait_s(self, failure: PacelineError | None) -> float:
+        """Seconds to wait before the next attempt, after one whose call failed with `failure` or, if None, did not.
 
         Where there is no other attempt, the requests without an outcome fail.
         """
         if self.is_done:
             return 0.0
-        if failure is not None:
-            reason = error_of_call(failure)
-        elif self._refusals:
-            reason = next(iter(self._refusals.values()))
-        else:
-            reason = ServerError("the server ended the batch without answering this request")
         try:
-            wait = self._attempts.wait_s(reason)
+            wait = self._attempts.wait_s(self._reason()) if failure is None else self._wait_after_break_s(failure)
         except PacelineError as error:
+            self._is_given_up = True
             for index, request in list(self._unanswered.items()):
                 refusal = self._refusals.get(index)
                 self._settle(
@@ -113,6 +120,23 @@ class Batch:
             return 0.0
         self._refusals.clear()
         return wait
+
+    def _reason(self) -> PacelineError:
+        """Why there are requests without an outcome after a call that ended in order."""
+        if self._refusals:
+            return next(iter(self._refusals.values()))
+        return ServerError("the server ended the batch without answering this request")
+
+    def _wait_after_break_s(self, failure: PacelineError) -> float:
+        """Seconds to wait before the next attempt; raises where there is none.
+
+        A server that was never reached is not worth the patience that is due to one that may have half of the batch.
+        """
+        was_reached = not reached_nobody(failure)
+        self._is_reached = self._is_reached or was_reached
+        if self._is_reached and failure.code is StatusCode.UNAVAILABLE and self._attempts.patience_s:
+            return self._attempts.wait_after_break_s(failure, was_answered=was_reached)
+        return self._attempts.wait_s(failure)
 
     def outcomes(self) -> list[Output | PacelineError]:
         """What came of each request, in the order of the prompts."""

@@ -6,6 +6,7 @@ check, so that they live in one place.
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from math import ceil, isfinite
 from operator import index as as_integer
 from reprlib import repr as shortened
 from typing import Any, TypeGuard, cast
@@ -49,6 +50,7 @@ def generate_request(
     priority: int | None = None,
     tenant: str | None = None,
     cache_salt: str | None = None,
+    detach_timeout_s: float | None = None,
 ) -> pb.GenerateRequest:
     """The message for one request, with a new id where the caller gave none; exactly one of `prompt`, `messages`."""
     request = pb.GenerateRequest(
@@ -59,7 +61,7 @@ def generate_request(
         cache_salt=_text("cache_salt", "" if cache_salt is None else cache_salt),
     )
     _set_prompt(request, prompt, messages)
-    _set(request, priority=priority)
+    _set(request, priority=priority, detach_timeout_s=_whole_seconds(detach_timeout_s))
     _set(request.sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     _set(request.stopping, max_output_tokens=max_output_tokens, ignore_eos=ignore_eos or None)
     for index, text in enumerate((stop,) if isinstance(stop, str) else _iterable("stop", stop, "texts")):
@@ -101,6 +103,11 @@ def unpacked(token_ids: bytes) -> tuple[int, ...]:
 def choice_count(request: pb.GenerateRequest) -> int:
     """How many continuations a request asks for."""
     return request.choice_count or 1
+
+
+def _whole_seconds(value: float | None) -> float | None:
+    """Rounded up, where it is a number of seconds at all; what is not is refused like any other value."""
+    return ceil(value) if isinstance(value, float) and isfinite(value) else value
 
 
 def _choice_count(n: int | None) -> int:

@@ -5,14 +5,16 @@ from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, Unpack, cast, overload
+from weakref import WeakSet
 
 import grpc
 
 from paceline._answer import Answer, model_of
 from paceline._batch import Batch, BatchPrompt, OnError, OnProgress
 from paceline._calls import CHANNEL_OPTIONS, Attempts, metadata
+from paceline._cancels import AsyncCancels
 from paceline._requests import generate_request, with_defaults
-from paceline.errors import Cancelled, PacelineError, error_of_call
+from paceline.errors import Cancelled, PacelineError, Unavailable, error_of_call
 from paceline.types import Chunk, Message, Model, Options, Output, Prompt
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1.inference_pb2_grpc import InferenceServiceStub
@@ -28,6 +30,13 @@ class _Call(Protocol):
 
     async def read(self) -> object: ...  # a GenerateResponse or grpc.aio.EOF
     def cancel(self) -> bool: ...
+    def done(self) -> bool: ...
+
+
+class _Generate(Protocol):
+    """Makes one call of `Generate` whose metadata are set."""
+
+    def __call__(self, request: pb.GenerateRequest, *, timeout: float | None) -> _Call: ...
 
 
 class _Start(Protocol[_Reply]):
@@ -53,35 +62,31 @@ def _local_cancel_as_error(request_id: str) -> Iterator[None]:
 class AsyncStream(Answer):
     """The answer to one request as it is computed: iterate over it with `async for` for its chunks.
 
-    Leaving the `async with` before the last chunk cancels the request, and so do `close`, dropping the stream, and
-    cancelling the task that reads it. An error ends the iteration; `text` still has what came before it.
+    When the connection breaks, it waits for the server and goes on where it was. Leaving the `async with` before the
+    last chunk cancels the request, and so do `close`, dropping the stream, and cancelling the task that reads it. An
+    error ends the iteration; `text` still has what came before it.
     """
 
-    def __init__(self, start: _Start[_Call], request: pb.GenerateRequest, attempts: Attempts) -> None:
+    def __init__(
+        self, generate: _Generate, cancels: AsyncCancels, request: pb.GenerateRequest, attempts: Attempts
+    ) -> None:
         super().__init__(request, attempts)
-        self._start = start
+        self._generate = generate
+        self._cancels = cancels
         self._is_closed = False
-        self._call = start(timeout=attempts.remaining_s)
+        self._call = self._start()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Chunk:
-        while True:
-            try:
-                with _local_cancel_as_error(self.request_id):
-                    message = await self._call.read()
-            except grpc.RpcError as failure:
-                if self._output is not None:
-                    raise StopAsyncIteration from None  # everything had come before the connection broke
-                await self._start_again(self._wait_s(failure))
-                continue
-            if message is grpc.aio.EOF:
-                self._check_complete()
-                raise StopAsyncIteration
-            chunk = self._add(cast(pb.GenerateResponse, message))
-            if chunk is not None:
-                return chunk
+        try:
+            while (chunk := await self._read()) is None:
+                pass
+        except BaseException:  # also that this task is cancelled, and an answer that cannot be right
+            await self.close()
+            raise
+        return chunk
 
     async def result(self) -> Output:
         """Read on to the end, and return the whole answer."""
@@ -92,8 +97,12 @@ class AsyncStream(Answer):
 
     async def close(self) -> None:
         """Cancel the request if it still runs; a task that waits for its next chunk gets `Cancelled`."""
-        self._is_closed = True
+        if not self._is_over:
+            self._is_closed = True
         self._call.cancel()
+        if self._leave():
+            self._cancels.send(self._request_id)
+            await self._cancels.wait()  # the last thing of a program, often: its event loop must not end before
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,14 +112,97 @@ class AsyncStream(Answer):
 
     def __del__(self) -> None:
         if hasattr(self, "_call"):
+            if not self._call.done() and self._leave():
+                self._cancels.send_from_anywhere(self._request_id)
             with suppress(RuntimeError):  # the event loop is closed, and the call with it
                 self._call.cancel()
 
-    async def _start_again(self, wait_s: float) -> None:
+    def _start(self) -> _Call:
+        return self._generate(self._next_request(), timeout=self._attempts.remaining_s)
+
+    async def _read(self) -> Chunk | None:
+        """Wait for one message, or after a break for the next call."""
+        try:
+            with _local_cancel_as_error(self.request_id):
+                message = await self._call.read()
+        except grpc.RpcError as failure:
+            if self._output is not None:
+                raise StopAsyncIteration from None  # everything had come before the connection broke
+            wait_s = self._wait_s(failure)
+        else:
+            if message is not grpc.aio.EOF:
+                return self._add(cast(pb.GenerateResponse, message))
+            self._check_complete()
+            raise StopAsyncIteration
         await asyncio.sleep(wait_s)
         if self._is_closed:
             raise Cancelled("the stream was closed", grpc.StatusCode.CANCELLED, self.request_id)
-        self._call = self._start(timeout=self._attempts.remaining_s)
+        self._call = self._start()
+        return None
+
+
+class _BatchRun:
+    """One `generate_batch` as it runs."""
+
+    def __init__(
+        self, stub: "InferenceServiceAsyncStub", cancels: AsyncCancels, batch: Batch, attempts: Attempts
+    ) -> None:
+        self._generate = partial(stub.GenerateBatch, metadata=metadata())
+        self._cancels = cancels
+        self._batch = batch
+        self._attempts = attempts
+        self._is_closed = False
+        self._call: grpc.aio.Call | None = None  # the last one
+
+    async def outcomes(self) -> list[Output | PacelineError]:
+        """Make attempts until each request has an outcome."""
+        try:
+            while not self._batch.is_done:
+                await asyncio.sleep(self._batch.wait_s(await self._attempt()))
+                if self._is_closed and not self._batch.is_done:
+                    raise Cancelled("the client was closed", grpc.StatusCode.CANCELLED)
+        except BaseException:  # the error of one request; that this task is cancelled
+            await self.close()
+            raise
+        return self._batch.outcomes()
+
+    async def close(self) -> None:
+        """Cancel the requests without an outcome."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._call is not None:
+            self._call.cancel()
+        for request_id in self._batch.open_ids():
+            self._cancels.send(request_id)
+        await self._cancels.wait()
+
+    async def _attempt(self) -> PacelineError | None:
+        """Make one call; returns how it failed, None if it ended in order."""
+        call = self._call = self._generate(iter(self._batch.messages()), timeout=self._attempts.remaining_s)
+        try:
+            while (message := await self._read(call)) is not grpc.aio.EOF:
+                self._batch.add(cast(pb.GenerateBatchResponse, message))
+        except grpc.RpcError as failure:
+            return error_of_call(failure)
+        except _SendingBrokeError:
+            return Unavailable("the connection broke while the requests were sent", grpc.StatusCode.UNAVAILABLE)
+        finally:
+            call.cancel()
+        return None
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[pb.GenerateBatchRequest, pb.GenerateBatchResponse]) -> object:
+        try:
+            with _local_cancel_as_error(""):
+                return await call.read()
+        except Cancelled:
+            if self._is_closed:
+                raise
+            raise _SendingBrokeError from None
+
+
+class _SendingBrokeError(Exception):
+    """The connection broke while requests were written to it, and grpc.aio cancelled the call for that."""
 
 
 class AsyncClient:
@@ -121,7 +213,9 @@ class AsyncClient:
     that every request asks for; None takes the one served there. `tenant` and `cache_salt` are those of every request
     that names none of its own. `timeout_s` holds for every call that names none of its own, over all of its attempts;
     None waits without limit. A call that meets a full or unreachable server is tried again up to `max_retries` times,
-    with growing waits, as long as nothing of its answer has come.
+    with growing waits. A request that the server had accepted survives a broken connection and a restart of the server:
+    it runs on unread for `detach_timeout_s`, and for as long its reader looks for the server again. With 0 it is
+    cancelled when its connection breaks, and the reader gets `Unavailable`.
     """
 
     def __init__(
@@ -133,11 +227,19 @@ class AsyncClient:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
         max_retries: int = 4,
+        detach_timeout_s: float = 30,
     ) -> None:
         self._target = target
-        self._defaults = {"model": model, "tenant": tenant, "cache_salt": cache_salt}
+        self._defaults = {
+            "model": model,
+            "tenant": tenant,
+            "cache_salt": cache_salt,
+            "detach_timeout_s": detach_timeout_s,
+        }
         self._timeout_s = timeout_s
         self._max_retries = max_retries
+        self._detach_timeout_s = detach_timeout_s
+        self._runs: WeakSet[AsyncStream | _BatchRun] = WeakSet()  # what may have requests that still run
 
     @overload
     def generate(
@@ -238,24 +340,13 @@ class AsyncClient:
         One request's error does not touch the others. With `on_error="raise"` the first error is raised as soon as it
         is known, its message begins with the place of the prompt, and the rest is cancelled since nobody would get it;
         with `"return"` the error stands in the place of the output. If the connection breaks, the outputs so far are
-        kept and only the other requests are sent again.
+        kept and only the other requests are asked for again, which the server may have gone on with meanwhile.
         """
         attempts = self._attempts(timeout_s)
         batch = Batch(prompts, with_defaults(self._defaults, options), attempts, on_progress, on_error)
-        trace = metadata()
-        while not batch.is_done:
-            failure: grpc.RpcError | None = None
-            call = self._stub.GenerateBatch(iter(batch.messages()), timeout=attempts.remaining_s, metadata=trace)
-            try:
-                with _local_cancel_as_error(""):
-                    async for message in call:
-                        batch.add(message)
-            except grpc.RpcError as error:
-                failure = error
-            finally:
-                call.cancel()
-            await asyncio.sleep(batch.wait_s(failure))
-        return batch.outcomes()
+        run = _BatchRun(self._stub, self._cancels, batch, attempts)
+        self._runs.add(run)
+        return await run.outcomes()
 
     async def cancel(self, request_id: str) -> None:
         """Cancel a request by id; its reader gets `Cancelled`. A request that is unknown or has ended is left alone."""
@@ -268,7 +359,9 @@ class AsyncClient:
         return model_of(reply.model)
 
     async def close(self) -> None:
-        """Close the connection; requests that still run are cancelled."""
+        """Cancel the requests that still run, and close the connection."""
+        await asyncio.gather(*[run.close() for run in self._runs])
+        await self._cancels.wait()
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -286,9 +379,15 @@ class AsyncClient:
     def _stub(self) -> "InferenceServiceAsyncStub":
         return InferenceServiceStub(self._channel)
 
+    @cached_property
+    def _cancels(self) -> AsyncCancels:
+        return AsyncCancels(self._stub)
+
     def _generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
-        start = partial(self._stub.Generate, request, metadata=metadata())
-        return AsyncStream(start, request, self._attempts(timeout_s))
+        generate = cast(_Generate, partial(self._stub.Generate, metadata=metadata()))
+        stream = AsyncStream(generate, self._cancels, request, self._attempts(timeout_s))
+        self._runs.add(stream)
+        return stream
 
     async def _try(self, start: _Start[Awaitable[_Reply]], request_id: str = "") -> _Reply:
         """Make a call that may be repeated at will."""
@@ -301,4 +400,5 @@ class AsyncClient:
                 await asyncio.sleep(attempts.wait_s(error_of_call(failure, request_id)))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(self._timeout_s if timeout_s is None else timeout_s, self._max_retries)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Attempts(timeout_s, self._max_retries, self._detach_timeout_s)

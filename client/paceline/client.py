@@ -2,15 +2,17 @@
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal, Protocol, Self, TypeVar, Unpack, overload
+from typing import Literal, Protocol, Self, TypeVar, Unpack, cast, overload
+from weakref import WeakSet
 
 import grpc
 
 from paceline._answer import Answer, model_of
 from paceline._batch import Batch, BatchPrompt, OnError, OnProgress
 from paceline._calls import CHANNEL_OPTIONS, Attempts, metadata
+from paceline._cancels import Cancels
 from paceline._requests import generate_request, with_defaults
 from paceline.errors import Cancelled, PacelineError, error_of_call
 from paceline.types import Chunk, Message, Model, Options, Output, Prompt
@@ -18,6 +20,7 @@ from paceline.v1 import inference_pb2 as pb
 from paceline.v1.inference_pb2_grpc import InferenceServiceStub
 
 _Reply = TypeVar("_Reply", covariant=True)
+_Run = TypeVar("_Run", "Stream", "_BatchRun")
 
 
 class _Call(Protocol):
@@ -25,6 +28,13 @@ class _Call(Protocol):
 
     def __next__(self) -> pb.GenerateResponse: ...
     def cancel(self) -> bool: ...
+    def add_callback(self, callback: Callable[[], None]) -> bool: ...
+
+
+class _Generate(Protocol):
+    """Makes one call of `Generate` whose metadata are set."""
+
+    def __call__(self, request: pb.GenerateRequest, *, timeout: float | None) -> _Call: ...
 
 
 class _Start(Protocol[_Reply]):
@@ -36,36 +46,29 @@ class _Start(Protocol[_Reply]):
 class Stream(Answer):
     """The answer to one request as it is computed: iterate over it for its chunks.
 
-    Leaving the `with` before the last chunk cancels the request, and so do `close` and dropping the stream.
-    An error ends the iteration; `text` still has what came before it.
+    When the connection breaks, it waits for the server and goes on where it was. Leaving the `with` before the last
+    chunk cancels the request, and so do `close` and dropping the stream. An error ends the iteration; `text` still has
+    what came before it.
     """
 
-    def __init__(self, start: _Start[_Call], request: pb.GenerateRequest, attempts: Attempts) -> None:
+    def __init__(self, generate: _Generate, cancels: Cancels, request: pb.GenerateRequest, attempts: Attempts) -> None:
         super().__init__(request, attempts)
-        self._start = start
+        self._generate = generate
+        self._cancels = cancels
         self._closed = threading.Event()
-        self._call = start(timeout=attempts.remaining_s)
+        self._call = self._start()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Chunk:
-        while True:
-            try:
-                chunk = self._add(next(self._call))
-            except StopIteration:
-                self._check_complete()
-                raise
-            except grpc.RpcError as failure:
-                if self._output is not None:
-                    raise StopIteration from None  # everything had come before the connection broke
-                self._start_again(self._wait_s(failure))
-            except BaseException:  # Ctrl-C
-                self.close()
-                raise
-            else:
-                if chunk is not None:
-                    return chunk
+        try:
+            while (chunk := self._read()) is None:
+                pass
+        except BaseException:  # also Ctrl-C, and an answer that cannot be right
+            self.close()
+            raise
+        return chunk
 
     def result(self) -> Output:
         """Read on to the end, and return the whole answer."""
@@ -76,8 +79,11 @@ class Stream(Answer):
 
     def close(self) -> None:
         """Cancel the request if it still runs; a thread that waits for its next chunk gets `Cancelled`."""
-        self._closed.set()
+        if not self._is_over:
+            self._closed.set()
         self._call.cancel()
+        if self._leave():
+            self._cancels.send(self._request_id)
 
     def __enter__(self) -> Self:
         return self
@@ -87,14 +93,77 @@ class Stream(Answer):
 
     def __del__(self) -> None:
         if hasattr(self, "_call"):
+            if self._leave():
+                self._cancels.send_after(self._call, self._request_id)
             self._call.cancel()
 
-    def _start_again(self, wait_s: float) -> None:
+    def _start(self) -> _Call:
+        return self._generate(self._next_request(), timeout=self._attempts.remaining_s)
+
+    def _read(self) -> Chunk | None:
+        """Wait for one message, or after a break for the next call."""
+        try:
+            return self._add(next(self._call))
+        except StopIteration:
+            self._check_complete()
+            raise
+        except grpc.RpcError as failure:
+            if self._output is not None:
+                raise StopIteration from None  # everything had come before the connection broke
+            wait_s = self._wait_s(failure)
         if not self._closed.wait(wait_s):
-            self._call = self._start(timeout=self._attempts.remaining_s)
+            self._call = self._start()
         if self._closed.is_set():  # also when closed while the call started
             self._call.cancel()
+            if self._runs_on:
+                self._cancels.send(self._request_id)
             raise Cancelled("the stream was closed", grpc.StatusCode.CANCELLED, self.request_id)
+        return None
+
+
+class _BatchRun:
+    """One `generate_batch` as it runs."""
+
+    def __init__(self, stub: InferenceServiceStub, cancels: Cancels, batch: Batch, attempts: Attempts) -> None:
+        self._generate = partial(stub.GenerateBatch, metadata=metadata())
+        self._cancels = cancels
+        self._batch = batch
+        self._attempts = attempts
+        self._closed = threading.Event()
+        self._call: grpc.Call | None = None  # the last one
+
+    def outcomes(self) -> list[Output | PacelineError]:
+        """Make attempts until each request has an outcome."""
+        try:
+            while not self._batch.is_done:
+                if self._closed.wait(self._batch.wait_s(self._attempt())) and not self._batch.is_done:
+                    raise Cancelled("the client was closed", grpc.StatusCode.CANCELLED)
+        except BaseException:  # the error of one request, Ctrl-C
+            self.close()
+            raise
+        return self._batch.outcomes()
+
+    def close(self) -> None:
+        """Cancel the requests without an outcome."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._call is not None:
+            self._call.cancel()
+        for request_id in self._batch.open_ids():
+            self._cancels.send(request_id)
+
+    def _attempt(self) -> PacelineError | None:
+        """Make one call; returns how it failed, None if it ended in order."""
+        call = self._call = self._generate(iter(self._batch.messages()), timeout=self._attempts.remaining_s)
+        try:
+            for message in call:
+                self._batch.add(message)
+        except grpc.RpcError as failure:
+            return error_of_call(failure)
+        finally:
+            call.cancel()
+        return None
 
 
 class Client:
@@ -104,7 +173,9 @@ class Client:
     that every request asks for; None takes the one served there. `tenant` and `cache_salt` are those of every request
     that names none of its own. `timeout_s` holds for every call that names none of its own, over all of its attempts;
     None waits without limit. A call that meets a full or unreachable server is tried again up to `max_retries` times,
-    with growing waits, as long as nothing of its answer has come.
+    with growing waits. A request that the server had accepted survives a broken connection and a restart of the server:
+    it runs on unread for `detach_timeout_s`, and for as long its reader looks for the server again. With 0 it is
+    cancelled when its connection breaks, and the reader gets `Unavailable`.
     """
 
     def __init__(
@@ -116,12 +187,22 @@ class Client:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
         max_retries: int = 4,
+        detach_timeout_s: float = 30,
     ) -> None:
-        self._defaults = {"model": model, "tenant": tenant, "cache_salt": cache_salt}
+        self._defaults = {
+            "model": model,
+            "tenant": tenant,
+            "cache_salt": cache_salt,
+            "detach_timeout_s": detach_timeout_s,
+        }
         self._timeout_s = timeout_s
         self._max_retries = max_retries
+        self._detach_timeout_s = detach_timeout_s
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
+        self._cancels = Cancels(self._stub)
+        self._lock = threading.Lock()
+        self._runs: WeakSet[Stream | _BatchRun] = WeakSet()  # what may have requests that still run; under the lock
 
     @overload
     def generate(
@@ -222,23 +303,11 @@ class Client:
         One request's error does not touch the others. With `on_error="raise"` the first error is raised as soon as it
         is known, its message begins with the place of the prompt, and the rest is cancelled since nobody would get it;
         with `"return"` the error stands in the place of the output. If the connection breaks, the outputs so far are
-        kept and only the other requests are sent again.
+        kept and only the other requests are asked for again, which the server may have gone on with meanwhile.
         """
         attempts = self._attempts(timeout_s)
         batch = Batch(prompts, with_defaults(self._defaults, options), attempts, on_progress, on_error)
-        trace = metadata()
-        while not batch.is_done:
-            failure: grpc.RpcError | None = None
-            call = self._stub.GenerateBatch(iter(batch.messages()), timeout=attempts.remaining_s, metadata=trace)
-            try:
-                for message in call:
-                    batch.add(message)
-            except grpc.RpcError as error:
-                failure = error
-            finally:
-                call.cancel()
-            time.sleep(batch.wait_s(failure))
-        return batch.outcomes()
+        return self._noted(_BatchRun(self._stub, self._cancels, batch, attempts)).outcomes()
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request by id; its reader gets `Cancelled`. A request that is unknown or has ended is left alone."""
@@ -250,7 +319,12 @@ class Client:
         return model_of(self._try(partial(self._stub.GetModel, pb.GetModelRequest(), metadata=metadata())).model)
 
     def close(self) -> None:
-        """Close the connection; requests that still run are cancelled."""
+        """Cancel the requests that still run, and close the connection."""
+        with self._lock:
+            runs = list(self._runs)
+        for run in runs:
+            run.close()
+        self._cancels.wait()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -260,8 +334,14 @@ class Client:
         self.close()
 
     def _generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> Stream:
-        start = partial(self._stub.Generate, request, metadata=metadata())
-        return Stream(start, request, self._attempts(timeout_s))
+        generate = cast(_Generate, partial(self._stub.Generate, metadata=metadata()))
+        return self._noted(Stream(generate, self._cancels, request, self._attempts(timeout_s)))
+
+    def _noted(self, run: _Run) -> _Run:
+        """`run`, to be closed with this client."""
+        with self._lock:
+            self._runs.add(run)
+        return run
 
     def _try(self, start: _Start[_Reply], request_id: str = "") -> _Reply:
         """Make a call that may be repeated at will."""
@@ -273,4 +353,5 @@ class Client:
                 time.sleep(attempts.wait_s(error_of_call(failure, request_id)))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(self._timeout_s if timeout_s is None else timeout_s, self._max_retries)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Attempts(timeout_s, self._max_retries, self._detach_timeout_s)

@@ -6,13 +6,15 @@ Error               gRPC status             what to do
                     OUT_OF_RANGE,
                     ALREADY_EXISTS
   Overloaded        RESOURCE_EXHAUSTED      the queue is full; wait `error.retry_after_s` seconds and retry
-  Unavailable       UNAVAILABLE             check that the server runs and is reachable, then send the request again
+  Unavailable       UNAVAILABLE             resumed by request id, but the server stayed away; check that it runs
   TimedOut          DEADLINE_EXCEEDED       allow more time with timeout_s, a shorter prompt, or fewer tokens
   Cancelled         CANCELLED               send the request again if it was not you who cancelled it
+  AnswerLost        DATA_LOSS               send it again from the start, under another `request_id`
   ServerError       anything else           report it with `error.request_id`
 
-`Overloaded` and `Unavailable` have been retried for you, as often as `max_retries` and the time-out allowed, unless
-tokens had been delivered already. Every error is a `PacelineError`.
+`Overloaded` and `Unavailable` have been retried for you, as often as `max_retries` and the time-out allowed. A stream
+that broke after the server had accepted its request was taken up again where it was, until the server had been away
+for `detach_timeout_s`, or the time-out was over. Every error is a `PacelineError`.
 """
 
 # ruff: noqa: N818 - `except Overloaded` says it all
@@ -62,9 +64,9 @@ class Overloaded(PacelineError):
 
 
 class Unavailable(PacelineError):
-    """The server is not reachable, starting or draining, or the connection to it broke."""
+    """The server is not reachable, starting or draining, or the connection to it broke, and it did not come back."""
 
-    what_to_do = "check that the server runs and is reachable, then send the request again"
+    what_to_do = "resumed by request id, but the server stayed away; check that it runs"
 
 
 class TimedOut(PacelineError):
@@ -77,6 +79,15 @@ class Cancelled(PacelineError):
     """The request was cancelled: by its id, or because its stream or its client was closed here."""
 
     what_to_do = "send the request again if it was not you who cancelled it"
+
+
+class AnswerLost(PacelineError):
+    """The server no longer knows the answer that broke off: it was restarted without a journal, or kept it long enough.
+
+    What had come of it stands. A second answer may go on in other words, so it is for the caller to ask for one.
+    """
+
+    what_to_do = "send it again from the start, under another `request_id`"
 
 
 class ServerError(PacelineError):
@@ -94,11 +105,35 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[PacelineError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: TimedOut,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DATA_LOSS: AnswerLost,
 }
 """The table above; a status that is not here is a `ServerError`."""
 
 # gRPC itself refuses what is too large to read, with the status of a full queue.
 _TOO_LARGE = re.compile(r"^SERVER: Received message larger than max \((\d+) vs\. (\d+)\)")
+
+# What grpcio 1.85 makes of a line that is lost in the middle of a call; the same for TCP and unix sockets, for clients
+# and servers with and without asyncio:
+#
+#   server killed, line cut or reset         UNAVAILABLE  Stream removed (Socket closed), (… Connection reset by peer …)
+#   server.stop(), when its grace is over    UNAVAILABLE  Cancelling all calls
+#   half-open line, once keepalive notices   UNAVAILABLE  Stream removed (ping timeout)
+#   GOAWAY                                   UNAVAILABLE  Stream removed (… GOAWAY received; Error code: 0 …)
+#   nobody listens                           UNAVAILABLE  failed to connect to all addresses; …
+#   a name that nobody knows                 UNAVAILABLE  errors resolving …
+#   a proxy with 429, 502, 503 or 504        UNAVAILABLE  Received http2 header with status: 502
+#   RST_STREAM of a proxy, code 8            CANCELLED    Stream removed (RST_STREAM (Received RST_STREAM …))
+#   RST_STREAM of a proxy, most codes        INTERNAL     Stream removed (RST_STREAM (Received RST_STREAM …))
+#   stream that ends without a status        UNKNOWN      Stream removed (Data frame with END_STREAM flag received)
+#   asyncio server that ends without stop()  CANCELLED    CANCELLED
+#   asyncio client, while a batch is sent    INTERNAL     Internal error from Core (or it cancels the call: see `aio`)
+#
+# Releases before it leave out "Stream removed" before RST_STREAM. `Cancel` is answered in words of the server.
+_BROKEN_LINE = re.compile(
+    r"(Stream removed|Received RST_STREAM|RST_STREAM|GOAWAY|Internal error from Core)\b|CANCELLED$"
+)
+_CODES_OF_A_BROKEN_LINE = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+_NO_CONNECTION = re.compile(r"failed to connect|errors resolving|DNS resolution failed")
 
 _STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
@@ -129,9 +164,16 @@ def error_of_call(failure: grpc.RpcError, request_id: str = "", note: str = "") 
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
         code = grpc.StatusCode.INVALID_ARGUMENT
         message = f"the request has {sizes[1]} bytes, the server takes at most {sizes[2]}; shorten the prompt"
+    elif code in _CODES_OF_A_BROKEN_LINE and _BROKEN_LINE.match(message):
+        code = grpc.StatusCode.UNAVAILABLE
     error = error_of(code, message + note, request_id, _retry_after_s(failure))
     error.__cause__ = failure
     return error
+
+
+def reached_nobody(error: PacelineError) -> bool:
+    """Whether a call failed before there was a connection, as when no server runs."""
+    return error.code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(error.message) is not None
 
 
 def _retry_after_s(failure: grpc.RpcError) -> float | None:

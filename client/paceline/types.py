@@ -63,7 +63,8 @@ class Options(TypedDict, total=False):
 
     request_id: str | None
     """Id to cancel the request by and to find it in logs and traces: 1 to 128 printable ASCII characters without
-    spaces, unique among running requests. Default: a new one."""
+    spaces. The same request sent again under the same id is not run again: its answer comes from the beginning, also to
+    another process, while it runs and for a minute or so after. Default: a new one."""
 
 
 class FinishReason(StrEnum):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from paceline import AsyncClient, AsyncStream, Chunk, Client, Output
+from paceline._calls import Backoff
 from tests.client.scripted_server import ScriptedServer
 
 
@@ -80,7 +81,8 @@ class BlockingClient:
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries follow each other fast, so that no test waits for them."""
-    monkeypatch.setattr("paceline._calls._FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("paceline._calls._RETRY", Backoff(first_s=0.01, max_s=8.0))
+    monkeypatch.setattr("paceline._calls._RESUME", Backoff(first_s=0.01, max_s=0.1))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from queue import Queue
 
 import grpc
@@ -46,6 +47,7 @@ class Wait:
 
 
 UNAVAILABLE = Fail(grpc.StatusCode.UNAVAILABLE, "the scheduler is starting")
+BROKEN = Fail(grpc.StatusCode.UNAVAILABLE, "Stream removed (Socket closed)")
 USAGE = pb.Usage(
     prompt_token_count=5,
     output_token_count=2,
@@ -55,6 +57,11 @@ USAGE = pb.Usage(
     cached_prompt_token_count=4,
 )
 ACCEPTED = pb.GenerateResponse(request_id="scripted", prompt_token_count=5)
+
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.max_ping_strikes", 0),  # as the scheduler: clients may keep quiet streams alive
+]
 
 Action = pb.GenerateResponse | Fail | Wait
 BatchScript = Callable[[list[pb.GenerateBatchRequest]], Iterable[pb.GenerateBatchResponse | Fail]]
@@ -87,6 +94,41 @@ def last(
 HELLO = (ACCEPTED, tokens("Hel", 7), last("lo", 8))
 
 
+def going_on(answer: Iterable[pb.GenerateResponse], request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+    """What a server that knows `answer` sends for `request`: the part of each message that its reader does not have.
+
+    Of a choice that the reader has to its end, the server says the end again: it cannot know that the reader knows.
+    """
+    token_counts = {place.choice: place.output_token_count for place in request.resume_from}
+    text_lengths = {place.choice: place.text_length for place in request.resume_from}
+    for message in answer:
+        part = pb.GenerateResponse()
+        part.CopyFrom(message)
+        skipped_bytes = min(len(part.token_ids), 4 * token_counts.get(part.choice, 0))
+        skipped_text = min(len(part.text), text_lengths.get(part.choice, 0))
+        token_counts[part.choice] = token_counts.get(part.choice, 0) - skipped_bytes // 4
+        text_lengths[part.choice] = text_lengths.get(part.choice, 0) - skipped_text
+        part.token_ids, part.text = part.token_ids[skipped_bytes:], part.text[skipped_text:]
+        if part.request_id or part.token_ids or part.text or part.finish_reason:
+            yield part
+
+
+def counted(actions: Iterable[Action], request: pb.GenerateRequest) -> Iterator[Action]:
+    """`actions`, with the position of the reader in each piece that does not say one of its own."""
+    places = {place.choice: (place.output_token_count, place.text_length) for place in request.resume_from}
+    for action in actions:
+        if not isinstance(action, pb.GenerateResponse) or action.request_id or action.output_token_count:
+            yield action
+            continue
+        token_count, text_length = places.get(action.choice, (0, 0))
+        piece = pb.GenerateResponse()
+        piece.CopyFrom(action)
+        piece.output_token_count = token_count + len(piece.token_ids) // 4
+        piece.text_length = text_length + len(piece.text)
+        places[piece.choice] = (piece.output_token_count, piece.text_length)
+        yield piece
+
+
 def answered(message: pb.GenerateBatchRequest, text: str = "") -> pb.GenerateBatchResponse:
     """An output that repeats the prompt in each of its choices."""
     choice = pb.ChoiceOutput(
@@ -103,32 +145,48 @@ def failed(message: pb.GenerateBatchRequest, code: grpc.StatusCode) -> pb.Genera
 
 
 class ScriptedServer(InferenceServiceServicer):
-    """Each call takes the next script; without one it answers `HELLO`, or repeats the prompts of a batch."""
+    """Each call takes the next script; without one it gives `answer`, or repeats the prompts of a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1:0") -> None:
         self.scripts: deque[tuple[Action, ...]] = deque()
+        self.answer: tuple[pb.GenerateResponse, ...] = HELLO  # to each `Generate` without a script, from where it says
+        self.breaks: deque[int] = deque()  # messages after which each next call breaks that gives `answer`
         self.batch_scripts: deque[BatchScript] = deque()
         self.unary_failures: deque[Fail] = deque()
         self.requests: list[pb.GenerateRequest] = []  # of each attempt at Generate
         self.batches: list[list[pb.GenerateBatchRequest]] = []  # of each attempt at GenerateBatch
         self.cancelled_ids: list[str] = []  # by Cancel
+        self.cancels: Queue[str] = Queue()  # the same, to wait for
         self.traceparents: list[str] = []
         self.call_times: list[float] = []
         self.deadlines: list[float | None] = []
         self.broken_off: Queue[bool] = Queue()  # one entry for each `Generate` that ended before its script
-        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        self.target = address
+        self.start()
+
+    def start(self) -> None:
+        """Listen at the address of before."""
+        self._server = grpc.server(ThreadPoolExecutor(8), options=_OPTIONS)
         add_InferenceServiceServicer_to_server(self, self._server)
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = self._server.add_insecure_port(self.target)
+        if self.target.endswith(":0"):
+            self.target = f"127.0.0.1:{port}"
         self._server.start()
 
     def stop(self) -> None:
+        """Break every connection, and listen no more."""
         self._server.stop(0).wait()
+
+    def restart(self) -> None:
+        """Break every connection; the next one is accepted again."""
+        self.stop()
+        self.start()
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
         self._note_call(context)
         self.requests.append(request)
         try:
-            for action in self.scripts.popleft() if self.scripts else HELLO:
+            for action in counted(self._script(request), request):
                 if isinstance(action, Fail):
                     action.end(context)
                 elif not isinstance(action, Wait):
@@ -139,6 +197,12 @@ class ScriptedServer(InferenceServiceServicer):
                     raise GeneratorExit
         except GeneratorExit:  # also how grpc drops a generator whose call ended while it sent
             self.broken_off.put(True)
+
+    def _script(self, request: pb.GenerateRequest) -> Iterable[Action]:
+        if self.scripts:
+            return self.scripts.popleft()
+        rest = going_on(self.answer, request)
+        return chain(islice(rest, self.breaks.popleft()), [BROKEN]) if self.breaks else rest
 
     def GenerateBatch(
         self, request_iterator: Iterator[pb.GenerateBatchRequest], context: grpc.ServicerContext
@@ -156,6 +220,7 @@ class ScriptedServer(InferenceServiceServicer):
     def Cancel(self, request: pb.CancelRequest, context: grpc.ServicerContext) -> pb.CancelResponse:
         self._note_call(context)
         self.cancelled_ids.append(request.request_id)
+        self.cancels.put(request.request_id)
         return pb.CancelResponse()
 
     def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:

@@ -1,10 +1,25 @@
 """Many prompts in one call: order, errors of single requests, and connections that break."""
 
+import asyncio
+import threading
+import time
+
 import grpc
 import pytest
 
-from paceline import Choice, FinishReason, InvalidRequest, Output, Overloaded, ServerError, TimedOut, Unavailable
-from tests.client.scripted_server import UNAVAILABLE, Fail, answered, failed
+from paceline import (
+    AsyncClient,
+    Choice,
+    FinishReason,
+    InvalidRequest,
+    Output,
+    Overloaded,
+    ServerError,
+    TimedOut,
+    Unavailable,
+)
+from tests.client.line import Line
+from tests.client.scripted_server import BROKEN, UNAVAILABLE, Fail, ScriptedServer, answered, failed
 
 
 def texts(outputs: list[Output]) -> list[str]:
@@ -67,7 +82,7 @@ def test_progress_makes_all_retries_available_again(connect, server):
     for _ in range(4):
         server.batch_scripts.append(lambda messages: [answered(messages[0]), UNAVAILABLE])
 
-    assert texts(connect(max_retries=1).generate_batch(list("abcde"))) == list("abcde")
+    assert texts(connect(max_retries=1, detach_timeout_s=0).generate_batch(list("abcde"))) == list("abcde")
 
 
 def test_sends_a_request_again_that_met_a_draining_server(client, server):
@@ -117,7 +132,7 @@ def test_an_error_that_is_raised_names_the_place_of_its_prompt(connect, server, 
     server.batch_scripts.append(script)
 
     with pytest.raises(kind, match=rf"^prompts\[2\]: .*{message}"):
-        connect(max_retries=0).generate_batch(["a", "b", "c"])
+        connect(max_retries=0, detach_timeout_s=0).generate_batch(["a", "b", "c"])
 
 
 def test_a_prompt_that_cannot_be_sent_is_named_before_anything_is(client, server):
@@ -191,7 +206,8 @@ def test_keeps_finished_outputs_when_it_gives_up(connect, server):
     server.batch_scripts.append(lambda messages: [answered(messages[0]), UNAVAILABLE])
     server.batch_scripts.append(lambda messages: [UNAVAILABLE])
 
-    outcomes = connect(max_retries=1).generate_batch(["a", "b", "c"], on_error="return")
+    client = connect(max_retries=1, detach_timeout_s=0)
+    outcomes = client.generate_batch(["a", "b", "c"], on_error="return")
 
     assert outcomes[0].text == "a"
     assert [type(outcome) for outcome in outcomes[1:]] == [Unavailable, Unavailable]
@@ -242,3 +258,87 @@ def test_on_error_takes_two_values(client, server):
     """`on_error="ignore"` would otherwise mean the opposite of what it says."""
     with pytest.raises(ValueError, match="'raise' or 'return', got 'ignore'"):
         client.generate_batch(["a"], on_error="ignore")
+
+
+def test_a_batch_survives_a_restart_that_takes_longer_than_the_retries(connect, server):
+    """It has the patience of a stream: what the server had begun, it goes on with."""
+
+    def break_down(messages):
+        yield answered(messages[0])
+        threading.Thread(target=server.stop).start()
+        threading.Timer(0.5, server.start).start()
+        threading.Event().wait(0.2)
+
+    server.batch_scripts.append(break_down)
+
+    assert texts(connect(max_retries=0).generate_batch(["a", "b", "c"])) == ["a", "b", "c"]
+    first, second = server.batches
+    assert second == first[1:]
+
+
+def test_a_break_before_the_first_output_is_survived_too(connect, server):
+    """Long outputs take minutes to come; that none has come does not mean that none is there."""
+    server.batch_scripts.extend([lambda messages: [BROKEN]] * 3)
+
+    assert texts(connect(max_retries=0).generate_batch(["a", "b"])) == ["a", "b"]
+
+
+def test_gives_a_batch_up_when_the_server_stays_away(connect, server):
+    """After their detach time-out its requests are gone."""
+
+    def break_down(messages):
+        yield answered(messages[0])
+        threading.Thread(target=server.stop).start()
+        threading.Event().wait(0.2)
+
+    server.batch_scripts.append(break_down)
+    begun = time.monotonic()
+    kept, lost = connect(detach_timeout_s=1).generate_batch(["a", "b"], on_error="return")
+
+    assert kept.text == "a"
+    assert type(lost) is Unavailable
+    assert 0.9 < time.monotonic() - begun < 10
+
+
+def test_a_batch_is_not_patient_with_a_server_that_never_was_there(connect, server):
+    """A mistake in the address should be known at once."""
+    server.stop()
+    begun = time.monotonic()
+
+    with pytest.raises(Unavailable, match="failed to connect"):
+        connect(max_retries=1).generate_batch(["a"])
+    assert time.monotonic() - begun < 10
+
+
+def test_the_time_out_ends_a_batch_that_waits_for_its_server(connect, server):
+    """`timeout_s` is for the whole batch, the waits included."""
+    server.batch_scripts.extend([lambda messages: [BROKEN]] * 99)
+
+    (outcome,) = connect().generate_batch(["a"], on_error="return", timeout_s=0.4)
+
+    assert type(outcome) is TimedOut
+
+
+def test_a_break_while_the_prompts_are_sent_loses_nothing(connect, server):
+    """A server reads a large batch only as it has room, so sending it takes as long as the batch."""
+    line = Line(server.target)
+    prompts = [f"{index} {'x' * 1000}" for index in range(1000)]
+    threading.Timer(0.1, line.cut).start()
+
+    assert texts(connect(line.target, max_retries=0).generate_batch(prompts)) == prompts
+    line.close()
+
+
+async def test_a_call_that_grpc_cancels_by_itself_is_a_break(server: ScriptedServer):
+    """With asyncio it does so when the connection breaks while it writes, and asyncio means something else by it."""
+    broken = threading.Event()
+    server.batch_scripts.append(lambda messages: [answered(messages[0]), broken.wait(10)][:1])
+    async with AsyncClient(server.target) as client:
+        batch = asyncio.create_task(client.generate_batch(["a", "b"]))
+        while not server.batches:
+            await asyncio.sleep(0.01)
+        for run in client._runs:
+            run._call.cancel()
+        broken.set()
+
+        assert texts(await batch) == ["a", "b"]

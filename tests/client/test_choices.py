@@ -3,9 +3,9 @@
 import grpc
 import pytest
 
-from paceline import Choice, Chunk, FinishReason, ServerError, Unavailable, Usage
+from paceline import Choice, Chunk, FinishReason, ServerError, Usage
 from paceline.v1 import inference_pb2 as pb
-from tests.client.scripted_server import ACCEPTED, UNAVAILABLE, Fail, Wait, end_of_choice, last, tokens
+from tests.client.scripted_server import ACCEPTED, Fail, Wait, end_of_choice, last, tokens
 
 USAGE = Usage(5, 2, 10, 20, 30, 0, 4)
 TWO_CHOICES = (
@@ -86,12 +86,12 @@ def test_refuses_an_answer_that_is_not_what_was_asked_for(client, server, script
         client.generate("Say hello", n=2, stream=False)
 
 
-def test_a_break_after_one_choice_ended_is_an_error_with_what_came(client, server):
-    """The tokens of all choices were delivered, so no second attempt may repeat them."""
-    server.scripts.append((*TWO_CHOICES[:4], UNAVAILABLE))
+def test_an_error_after_one_choice_ended_leaves_what_came(client, server):
+    """The tokens of all choices were delivered; the message counts them all."""
+    server.scripts.append((*TWO_CHOICES[:4], Fail(grpc.StatusCode.INTERNAL)))
     stream = client.generate("Say hello", n=2)
 
-    with pytest.raises(Unavailable, match=r"after 3 tokens"):
+    with pytest.raises(ServerError, match=r"after 3 tokens"):
         list(stream)
     assert stream.texts == ("Hello", "Good")
     assert len(server.requests) == 1

@@ -28,7 +28,7 @@ class FakeStream:
         self._words = [[word + " " for word in text.split()] for text in texts]
         self._interrupt_after = interrupt_after
         self.was_left = False
-        self.texts = tuple("".join(words) for words in self._words)
+        self.texts = [""] * len(texts)  # so far
         choices = tuple(
             Choice(index, "".join(words), tuple(range(len(words))), FinishReason.STOP)
             for index, words in enumerate(self._words)
@@ -48,6 +48,7 @@ class FakeStream:
             for index, word in enumerate(words):
                 if index == self._interrupt_after:
                     raise KeyboardInterrupt
+                self.texts[choice] += word
                 is_last = index == len(words) - 1
                 yield Chunk(word, (index,), FinishReason.STOP if is_last else None, choice=choice)
 
@@ -203,6 +204,31 @@ def test_generate_prints_every_continuation_under_its_heading(words, printed, mo
     assert result.exit_code == ExitCode.OK, result.output
     assert result.stdout == printed
     assert client.settings == {"n": 2, "max_output_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ([], "── 3 of 3 ──\nOui \n── 2 of 3, unfinished ──\nLyon maybe \n"),
+        (["--no-stream"], "── 3 of 3 ──\nOui \n── 2 of 3, unfinished ──\nLyon maybe \n"),
+    ],
+)
+def test_generate_prints_what_an_interruption_left(words, printed, monkeypatch):
+    """Its tokens were computed, and the one that is wanted may be among them."""
+    client = FakeClient(FakeStream("Paris", "Lyon maybe not", "Oui", interrupt_after=2))
+    monkeypatch.setattr(paceline, "Client", lambda server: client)
+
+    result = CliRunner().invoke(app, ["generate", "The capital", "--n", "3", *words])
+
+    assert result.exit_code == ExitCode.INTERRUPTED
+    assert result.stdout == printed
+
+
+def test_the_help_says_what_a_file_of_prompts_looks_like():
+    """Nobody should have to read the source to write one."""
+    help_text = CliRunner().invoke(app, ["generate", "--help"]).output
+
+    assert '{"prompt": "Once upon", "max_output_tokens": 8, "seed": 7, "id": "a-1"}' in help_text
 
 
 def test_generate_says_for_whom_and_how_urgently(monkeypatch):
