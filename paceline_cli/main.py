@@ -13,8 +13,10 @@ from typer.core import TyperGroup
 
 from paceline_cli.chat import chat
 from paceline_cli.errors import ExitCode, command_error
+from paceline_cli.fleet import app as fleet
 from paceline_cli.generate import generate
 from paceline_cli.health import health
+from paceline_cli.replay import replay
 from paceline_cli.serve import serve
 from paceline_cli.services import executor, prepare, scheduler
 from paceline_cli.terminal import print_error
@@ -84,7 +86,9 @@ app.command(rich_help_panel="Talk")(generate)
 app.command(rich_help_panel="Parts")(prepare)
 app.command(rich_help_panel="Parts")(scheduler)
 app.command(rich_help_panel="Parts")(executor)
-app.command(rich_help_panel="Parts")(health)
+app.add_typer(fleet, name="fleet", rich_help_panel="Operate")
+app.command(rich_help_panel="Operate")(health)
+app.command(rich_help_panel="Operate")(replay)
 
 
 def run() -> None:

@@ -22,7 +22,7 @@ from paceline_cli.sizes import format_size, parse_size
 from scheduler_svc.config import SchedulerConfig
 from tests.paceline_cli.conftest import REPOSITORY
 
-VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "health")
+VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "health", "fleet", "replay")
 
 
 def paceline(*words: str, **more: Any) -> Any:
