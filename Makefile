@@ -11,21 +11,28 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format protos setup clean
+.PHONY: help run test soak check format protos protos-baseline setup clean
 
 help:  ## Show what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 run: $(VENV)/.ready  ## Start everything here, stream a sample answer, serve until Ctrl-C
 	@$(BIN)/paceline serve $(MODEL) --demo
 
+# A process for each core, each with one model thread: threads that spin at barriers would starve the others.
 test: $(VENV)/.ready-dev $(VENV)/protos/.ready  ## Run the tests
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
 
-check: $(VENV)/.ready-dev  ## Lint, format check, types, import directions
+soak: $(VENV)/.ready-dev  ## Break everything for minutes while clients read; SOAK="--requests 5000 --seed 7" says how
+	PACELINE_CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos --deselect tests/chaos/test_soak.py
+	$(BIN)/python -m tests.chaos.soak $(SOAK)
+
+check: $(VENV)/.ready-dev  ## Lint, format check, types, import directions, protos against the last release
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against protos/baseline/*.binpb
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_import_directions.py
 
 format: $(VENV)/.ready-dev  ## Format the code
@@ -34,6 +41,11 @@ format: $(VENV)/.ready-dev  ## Format the code
 
 protos: $(VENV)/protos/.ready  ## Generate the stubs from protos/
 	$(VENV)/protos/bin/python protos/generate.py client
+
+protos-baseline: $(VENV)/.ready-dev  ## Hold later protos to these ones: when a release is tagged (protos/buf.yaml)
+	rm -f protos/baseline/*.binpb
+	version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
+		$(BIN)/buf build protos --exclude-source-info -o protos/baseline/$$version.binpb
 
 setup: $(VENV)/.ready-dev  ## Only set up the environment
 

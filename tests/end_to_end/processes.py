@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 
+from common.grpc_servers import open_channel
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,6 +31,7 @@ class Process:
     """A running command and what it has printed."""
 
     def __init__(self, output, *words):
+        self.words = words
         self._output = output
         environment = {
             **os.environ,
@@ -37,6 +39,7 @@ class Process:
             "COLUMNS": "500",  # messages stay on one line
             "NO_COLOR": "1",
         }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is compiled already starts a fifth faster
         with output.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
@@ -50,6 +53,15 @@ class Process:
     def has_ended(self):
         return self._process.poll() is not None
 
+    @property
+    def descriptor_count(self):
+        """Files and sockets that it has open."""
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+
+    @property
+    def thread_count(self):
+        return len(os.listdir(f"/proc/{self._process.pid}/task"))
+
     def kill(self):
         """Let it vanish without a word, and wait until it has."""
         self._process.kill()
@@ -58,6 +70,14 @@ class Process:
     def terminate(self):
         """Ask it to drain."""
         self._process.send_signal(signal.SIGTERM)
+
+    def suspend(self):
+        """Stop it where it is: its sockets stay open, and nobody answers on them."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self):
+        """Let it go on, with everything that it believes."""
+        self._process.send_signal(signal.SIGCONT)
 
     async def has_printed(self, pattern):
         """The match of `pattern`, once it is printed."""
@@ -85,44 +105,86 @@ class Services:
 
     def __init__(self, folder):
         self.address = f"unix:{folder}/scheduler"
-        self._folder = folder
-        self._processes = []
-        self._channel = grpc.aio.insecure_channel(self.address)
+        self.folder = folder
+        self.processes = []  # all that were ever started
+        self._channel = open_channel(self.address)  # finds a restarted scheduler at once
         self._fleet = fleet_pb2_grpc.FleetServiceStub(self._channel)
 
     def run(self, *words):
         """Start any command of Python's."""
-        process = Process(self._folder / f"printed-{len(self._processes)}", *words)
-        self._processes.append(process)
+        process = Process(self.folder / f"printed-{len(self.processes)}", *words)
+        self.processes.append(process)
         return process
 
     def command(self, *words):
         """Start a `paceline` command."""
         return self.run("-m", "paceline_cli", *words)
 
-    async def scheduler(self, *words, model="fake"):
-        """Start the scheduler and wait until it answers."""
-        process = self.command("scheduler", str(model), "--listen", self.address, *words)
+    def again(self, process):
+        """Start what has ended with the same words: under its name, at its address, with its journal."""
+        assert process.has_ended
+        return self.run(*process.words)
+
+    async def scheduler(self, *words, model="fake", journal=False):
+        """Start the scheduler and wait until it answers; its journal stays the same over restarts."""
+        process = self.start_scheduler(*words, model=model, journal=journal)
         await process.has_printed("scheduler ready")
         return process
 
-    async def executor(self, name, *words):
+    def start_scheduler(self, *words, model="fake", journal=False):
+        """Start the scheduler."""
+        keeping = ("--journal", f"{self.folder}/journal") if journal else ()
+        return self.command("scheduler", str(model), "--listen", self.address, *keeping, *words)
+
+    async def restarted_scheduler(self, process):
+        """Kill the scheduler, start it again with the same words and wait until it answers."""
+        process.kill()
+        process = self.again(process)
+        await process.has_printed("scheduler ready")
+        return process
+
+    async def executor(self, name, *words, **places):
         """Start an executor and wait until the scheduler can plan for it."""
-        listen = f"unix:{self._folder}/{name}"
-        process = self.command(
-            "executor", "fake", "--scheduler", self.address, "--listen", listen, "--executor-id", name, *words
+        process = self.start_executor(name, *words, **places)
+        await self.is_ready(name, process)
+        return process
+
+    def start_executor(self, name, *words, model="fake", join_through=None, attach_through=None):
+        """Start an executor. It reaches the scheduler, and the scheduler reaches it, through proxies where given."""
+        through = ("--advertise", attach_through.address) if attach_through else ()
+        scheduler = join_through.address if join_through else self.address
+        listen = ("--listen", self.address_of(name))
+        return self.command(
+            "executor", str(model), "--scheduler", scheduler, *listen, "--executor-id", name, *through, *words
         )
 
-        async def is_ready():
+    def address_of(self, name):
+        """Where an executor listens."""
+        return f"unix:{self.folder}/{name}"
+
+    async def is_ready(self, name, process):
+        """Wait until the scheduler can plan for an executor that has been started."""
+
+        async def look():
             assert not process.has_ended, process.printed
             return await self.state_of(name) == fleet_pb2.EXECUTOR_STATE_READY
 
-        await until(is_ready, f"executor {name} did not join")
-        return process
+        await until(look, f"executor {name} did not join")
 
     async def fleet(self):
-        """What `FleetService.ListExecutors` says."""
-        return await self._fleet.ListExecutors(fleet_pb2.ListExecutorsRequest(), wait_for_ready=True)
+        """What `FleetService.ListExecutors` says, of the scheduler that is there or of the next."""
+        while True:
+            try:
+                return await self._fleet.ListExecutors(
+                    fleet_pb2.ListExecutorsRequest(), wait_for_ready=True, timeout=PATIENCE_S
+                )
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+
+    async def drain(self, name, finish_within_s=0):
+        """Ask the scheduler to take an executor out of service."""
+        await self._fleet.Drain(fleet_pb2.DrainRequest(executor_id=name, finish_within_s=finish_within_s))
 
     async def executors(self):
         """The executors by name."""
@@ -142,7 +204,7 @@ class Services:
         )
 
     def kill_all(self):
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
 
     async def close(self):
