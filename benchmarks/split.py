@@ -28,11 +28,12 @@ from executor_svc.executor import Executor
 from executor_svc.main import load_runner
 from executor_svc.service import Attachment, ModelThread
 from paceline import AsyncClient
+from paceline.internal.v1 import executor_pb2 as pb
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 from scheduler_svc import wire
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.layer_groups import LayerGroup
-from scheduler_svc.core.plan import Capacity, Plan
+from scheduler_svc.core.plan import Capacity, Inventory, Plan
 from scheduler_svc.fleet import ModelLimits
 from scheduler_svc.main import SchedulerApp, load_model
 
@@ -43,6 +44,7 @@ class DirectLink:
     """An executor in the scheduler's process: plans go to its thread as they are, results come back as they are."""
 
     executor_id = "direct"
+    incarnation = 1
     draining = False
 
     def __init__(self, app: SchedulerApp, config: ExecutorConfig) -> None:
@@ -50,16 +52,19 @@ class DirectLink:
         info = runner.info
         self._app = app
         self._thread = ModelThread(Executor(runner), asyncio.get_running_loop())
-        self._attachment = Attachment(1, "direct")
+        self._attachment = Attachment(1, "direct", resume=False)
         self._thread.begin(self._attachment)
         app.fleet.limits = ModelLimits(info.context_length, info.vocabulary_size, info.end_token_ids)
         groups = tuple(LayerGroup(group.block_size, group.window, group.chunk) for group in info.layer_groups)
         capacity = Capacity(groups, info.block_count, info.slot_count, info.step_token_count)
-        app.engine.attached(self, capacity)
+        app.engine.attached(self, capacity, Inventory(0, ()))
         self._reading = asyncio.create_task(self._read())
 
     def send(self, plan: Plan) -> None:
         self._thread.submit(self._attachment, wire.encode_plan(plan))
+
+    def acknowledge(self, step: int) -> None:
+        """Nobody asks again here."""
 
     def detach(self) -> None:
         """Nobody drains here."""
@@ -67,6 +72,8 @@ class DirectLink:
     async def _read(self) -> None:
         while True:
             outcome = await self._attachment.outcomes.get()
+            if isinstance(outcome, pb.Attached):
+                continue
             self._app.engine.answered(self, wire.decode_result(outcome))
 
 
@@ -181,13 +188,20 @@ def serve(part: str, settings: dict) -> None:
         serve_executor(executor)
 
 
+def serve_if_asked() -> bool:
+    """Be one of the processes of a comparison, if this was started as one."""
+    if sys.argv[1:2] != ["--serve"]:
+        return False
+    from common.logs import configure_logs
+
+    configure_logs("benchmark", "error")
+    serve(sys.argv[2], json.loads(sys.argv[3]))
+    return True
+
+
 def main() -> None:
     """Compare, or be one of the processes of a comparison."""
-    if sys.argv[1:2] == ["--serve"]:
-        from common.logs import configure_logs
-
-        configure_logs("benchmark", "error")
-        serve(sys.argv[2], json.loads(sys.argv[3]))
+    if serve_if_asked():
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fake")
