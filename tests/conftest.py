@@ -1,9 +1,13 @@
 """What every test starts from."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import structlog
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts the tests in the background says so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
