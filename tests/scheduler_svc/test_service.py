@@ -254,9 +254,9 @@ async def test_refuses_another_request_under_a_running_id():
     assert "another request with the id 'r' is running; choose another request_id" in error.details()
 
 
-async def test_an_id_may_be_used_again_as_soon_as_its_request_has_ended():
+async def test_an_id_may_be_used_again_as_soon_as_its_result_is_not_kept_any_more():
     """The end of the first call's handler must not touch the second request, which has the same id."""
-    async with started(1, replace(FAST, fake_step_us=2000)) as system:
+    async with started(1, replace(FAST, fake_step_us=2000), keep_results_s=0.0) as system:
         for _ in range(20):
             first = system.generate(request("hello", 3, request_id="r"))
             while not (await first.read()).finish_reason:

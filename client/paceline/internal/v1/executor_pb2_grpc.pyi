@@ -54,6 +54,7 @@ class ExecutorServiceStub:
     * `INVALID_ARGUMENT`: a plan contradicts what the executor knows (its `step` does not follow, a slot is empty or
       taken, a block is out of range). One side has a bug: the attachment ends, the process stays.
     * `ABORTED`: a newer attachment of the same scheduler, or of one with a higher epoch, took over.
+    * `UNKNOWN`: a plan could not be run, by a mistake of the executor's. It has forgotten everything; the process stays.
     * `INTERNAL`: the device does not work any more. The process ends itself.
     """
 
@@ -83,6 +84,7 @@ class ExecutorServiceAsyncStub(ExecutorServiceStub):
     * `INVALID_ARGUMENT`: a plan contradicts what the executor knows (its `step` does not follow, a slot is empty or
       taken, a block is out of range). One side has a bug: the attachment ends, the process stays.
     * `ABORTED`: a newer attachment of the same scheduler, or of one with a higher epoch, took over.
+    * `UNKNOWN`: a plan could not be run, by a mistake of the executor's. It has forgotten everything; the process stays.
     * `INTERNAL`: the device does not work any more. The process ends itself.
     """
 
@@ -115,6 +117,7 @@ class ExecutorServiceServicer(metaclass=_abc_1.ABCMeta):
         * `INVALID_ARGUMENT`: a plan contradicts what the executor knows (its `step` does not follow, a slot is empty or
           taken, a block is out of range). One side has a bug: the attachment ends, the process stays.
         * `ABORTED`: a newer attachment of the same scheduler, or of one with a higher epoch, took over.
+        * `UNKNOWN`: a plan could not be run, by a mistake of the executor's. It has forgotten everything; the process stays.
         * `INTERNAL`: the device does not work any more. The process ends itself.
         """
 
