@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from split import Side, load, serve_if_asked
+from split import Side, load, read_arguments, serve_if_asked
 
 from executor_svc.config import ExecutorConfig
 
@@ -59,18 +59,7 @@ def main() -> None:
     """Compare, or be one of the processes of a comparison."""
     if serve_if_asked():
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="fake")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=256)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of the model, so that the rest of the cores stay free")
-    parser.add_argument("--fake-step-us", type=float, default=20_000)
-    arguments = parser.parse_args()
-    executor = ExecutorConfig(
-        model=arguments.model, executor_id="e", threads=arguments.threads, fake_step_us=arguments.fake_step_us
-    )
-    asyncio.run(compare(arguments, executor))
+    asyncio.run(compare(*read_arguments(__doc__)))
 
 
 if __name__ == "__main__":

@@ -199,11 +199,9 @@ def serve_if_asked() -> bool:
     return True
 
 
-def main() -> None:
-    """Compare, or be one of the processes of a comparison."""
-    if serve_if_asked():
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments(description: str) -> tuple[argparse.Namespace, ExecutorConfig]:
+    """What is compared, from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fake")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=256)
@@ -214,7 +212,14 @@ def main() -> None:
     executor = ExecutorConfig(
         model=arguments.model, executor_id="e", threads=arguments.threads, fake_step_us=arguments.fake_step_us
     )
-    asyncio.run(compare(arguments, executor))
+    return arguments, executor
+
+
+def main() -> None:
+    """Compare, or be one of the processes of a comparison."""
+    if serve_if_asked():
+        return
+    asyncio.run(compare(*read_arguments(__doc__)))
 
 
 if __name__ == "__main__":

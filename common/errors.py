@@ -30,6 +30,11 @@ def invalid(message: str) -> RefusedError:
     return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
+def shown(value: str) -> str:
+    """A value of the caller's, short enough for a message."""
+    return value if len(value) <= 80 else value[:77] + "..."
+
+
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: RefusedError) -> NoReturn:
     """End the call with the error, with a `google.rpc.RetryInfo` where it says when to retry."""
     if error.retry_after_s is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from common.errors import RefusedError, invalid
+from common.errors import RefusedError, invalid, shown
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import sampling_pb2
 from scheduler_svc.answers import Terms
@@ -65,7 +65,7 @@ class Door:
         if message.model and message.model != self._model_name:
             raise RefusedError(
                 grpc.StatusCode.NOT_FOUND,
-                f"model '{_shown(message.model)}' is not served here; this server has '{self._model_name}'",
+                f"model '{shown(message.model)}' is not served here; this server has '{self._model_name}'",
             )
         sampling = self._sampling(message.sampling)
         _check_stops(message.stopping.stop)
@@ -157,7 +157,7 @@ def request_id_of(message: pb.GenerateRequest) -> str:
     """The id that the caller chose, or a new one. Raises `RefusedError`."""
     if message.request_id and not _NAME.fullmatch(message.request_id):
         raise invalid(
-            f"request_id '{_shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
+            f"request_id '{shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
         )
     return message.request_id or f"req-{secrets.token_hex(12)}"
 
@@ -220,7 +220,7 @@ def _check_placing(message: pb.GenerateRequest) -> None:
             f"priority is {message.priority}, must be {-MAX_PRIORITY} to {MAX_PRIORITY}; the larger goes first"
         )
     if message.tenant and not _NAME.fullmatch(message.tenant):
-        raise invalid(f"tenant '{_shown(message.tenant)}' must be 1 to 128 printable ASCII characters without spaces")
+        raise invalid(f"tenant '{shown(message.tenant)}' must be 1 to 128 printable ASCII characters without spaces")
     if message.detach_timeout_s > MAX_DETACH_TIMEOUT_S:
         raise invalid(f"detach_timeout_s is {message.detach_timeout_s}, at most {MAX_DETACH_TIMEOUT_S} are possible")
     if message.detach_timeout_s and not message.request_id:
@@ -300,8 +300,3 @@ def _max_output_count(stopping: sampling_pb2.StopConditions, prompt_count: int, 
             f"{limits.context_length}, prompt and output together; ask for at most {room}"
         )
     return wanted
-
-
-def _shown(value: str) -> str:
-    """A value of the user, short enough for a message."""
-    return value if len(value) <= 80 else value[:77] + "..."

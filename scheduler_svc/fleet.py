@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 import structlog
 
-from common.errors import RefusedError, invalid
+from common.errors import RefusedError, invalid, shown
 from common.processes import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, RELEASE, common_protocol
 from paceline.v1 import fleet_pb2
 from scheduler_svc.config import SchedulerConfig
@@ -166,7 +166,7 @@ class Fleet:
         if member is None:
             names = ", ".join(sorted(self.members)) or "none"
             raise RefusedError(
-                grpc.StatusCode.NOT_FOUND, f"no executor '{_shown(executor_id)}' has joined; there are: {names}"
+                grpc.StatusCode.NOT_FOUND, f"no executor '{shown(executor_id)}' has joined; there are: {names}"
             )
         if finish_within_s > MAX_FINISH_S:
             raise invalid(f"finish_within_s is {finish_within_s:g}, must be 0 to {MAX_FINISH_S}")
@@ -292,10 +292,6 @@ def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
 def _check_id(executor_id: str) -> None:
     if len(executor_id) > 128 or not executor_id.isascii() or not executor_id.isprintable() or " " in executor_id:
         raise invalid(f"executor_id {executor_id!r} must be 1 to 128 printable ASCII characters without spaces")
-
-
-def _shown(value: str) -> str:
-    return value if len(value) <= 80 else value[:77] + "..."
 
 
 def _mismatch(message: str) -> RefusedError:

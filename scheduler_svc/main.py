@@ -62,6 +62,13 @@ def load_model(config: SchedulerConfig) -> tuple[str, str, Tokenizer, dict[str, 
     return name, folder.fingerprint, Tokenizer.from_folder(folder), folder.generation_defaults()
 
 
+def _open_journal(config: SchedulerConfig) -> Journal:
+    if config.journal in ("", "off"):
+        return Journal.off()
+    sys.setswitchinterval(_SWITCH_S)
+    return Journal.open(config.journal, max_bytes=config.journal_bytes)
+
+
 class SchedulerApp:
     """A scheduler on the running event loop: what the process is made of, without the process."""
 
@@ -69,13 +76,7 @@ class SchedulerApp:
         self, config: SchedulerConfig, model_name: str, fingerprint: str, tokenizer: Tokenizer, defaults: dict[str, Any]
     ) -> None:
         """Put the parts together; nothing listens yet. Raises `JournalError` when there is one that cannot be used."""
-        if config.journal not in ("", "off"):
-            sys.setswitchinterval(_SWITCH_S)
-        self.journal = (
-            Journal.off()
-            if config.journal in ("", "off")
-            else Journal.open(config.journal, max_bytes=config.journal_bytes)
-        )
+        self.journal = _open_journal(config)
         epoch = self.journal.next_epoch(int(time.time() * 1000))  # a later life has a higher epoch
         recorder = self._recorder = Recorder(self.journal, epoch, fingerprint)
         self.engine = Engine(config, recorder)
