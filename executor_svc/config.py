@@ -67,6 +67,9 @@ class ExecutorConfig:
     fake_block_count: int = 4096
     """`--model fake`: blocks in the cache."""
 
+    fake_load_us: float = 0.0
+    """`--model fake`: time that loading takes."""
+
     fake_deadly_token: int = -1
     """`--model fake`: the process ends, without a word, in a step that computes this token. -1: none does that."""
 

@@ -1,6 +1,7 @@
 """What this process may use of its machine: a container's limits count, not the host's."""
 
 import os
+import time
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -31,3 +32,10 @@ def _read(name: str) -> str:
         return (_CGROUP / name).read_text().strip()
     except OSError:
         return ""
+
+
+def process_age_s() -> float:
+    """Seconds since this process was created, loading of its modules included."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process().create_time())

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable
 
 import structlog
@@ -15,6 +16,7 @@ from common.processes import run_loop, stop_event
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig, check_settings
 from executor_svc.executor import BrokenDeviceError, Executor
+from executor_svc.machine import process_age_s
 from executor_svc.membership import Membership, RefusedError
 from executor_svc.service import ExecutorService, ModelThread
 from paceline.internal.v1 import executor_pb2_grpc
@@ -44,6 +46,7 @@ def load_runner(config: ExecutorConfig, progress: Progress) -> Runner:
     if config.model == "fake":
         from executor_svc.fake import FakeRunner
 
+        time.sleep(config.fake_load_us / 1e6)
         return FakeRunner(config)
     from executor_svc.torch_runner import TorchRunner
 
@@ -59,6 +62,7 @@ class ExecutorApp:
         self.broken = asyncio.Event()  # the device is beyond help
         self._config = config
         self._runner = runner
+        self._startup_s = process_age_s()
         self._incarnation = secrets.randbits(64) | 1
         self._thread = ModelThread(Executor(runner), asyncio.get_running_loop())
         self._service = ExecutorService(
@@ -72,7 +76,7 @@ class ExecutorApp:
         (address,) = await self._server.start([self._config.listen], ["paceline.internal.v1.ExecutorService"])
         advertised = self._config.advertise or reachable(address, self._config.scheduler)
         self._membership = Membership(
-            self._config.scheduler, self.executor_id, self._incarnation, advertised, self._runner.info
+            self._config.scheduler, self.executor_id, self._incarnation, advertised, self._runner.info, self._startup_s
         )
         await self._server.set_serving(True)
         return address

@@ -29,8 +29,10 @@ class RefusedError(Exception):
 class Membership:
     """Keeps calling `Join`, from the event loop, which never runs the model."""
 
-    def __init__(self, scheduler: str, executor_id: str, incarnation: int, address: str, info: RunnerInfo) -> None:
-        """Prepare to join the fleet of the scheduler at `scheduler`."""
+    def __init__(
+        self, scheduler: str, executor_id: str, incarnation: int, address: str, info: RunnerInfo, startup_s: float = 0.0
+    ) -> None:
+        """Prepare to join the fleet of the scheduler at `scheduler`, `startup_s` after this process began."""
         self._scheduler = scheduler
         self._request = fleet_pb2.JoinRequest(
             executor_id=executor_id,
@@ -39,6 +41,7 @@ class Membership:
             protocol_version=PROTOCOL_VERSION,
             oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             release=RELEASE,
+            startup_ms=round(startup_s * 1000),
             model=fleet_pb2.ExecutorModel(
                 name=info.name,
                 fingerprint=info.fingerprint,

@@ -106,6 +106,7 @@ _FLAGS = {
     "fake_step_us": _count("--fake-step-us", _FAKE, "Microseconds of a step that computes nothing.", 0),
     "fake_token_us": _count("--fake-token-us", _FAKE, "Microseconds that each token adds to its step.", 0),
     "fake_block_count": _count("--fake-block-count", _FAKE, "Blocks in the cache."),
+    "fake_load_us": _count("--fake-load-us", _FAKE, "Microseconds that loading takes.", 0),
     "fake_deadly_token": _count("--fake-deadly-token", _FAKE, "Token that kills the process; -1: none.", -1),
 }
 

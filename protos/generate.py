@@ -24,8 +24,9 @@ def generate(target: Path) -> None:
     if failed:
         raise SystemExit(f"protoc failed with exit code {failed}; its message is above")
     for file in files:
-        for folder in list(Path(file).parents)[:-2]:  # the packages below the SDK's own
-            (target / folder / "__init__.py").touch()
+        for folder in list(Path(file).parents)[:-1]:
+            if str(folder) != "paceline":  # the SDK's own package has more to say
+                (target / folder / "__init__.py").touch()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.journal.journal import Durability
+from scheduler_svc.load_meter import LoadMeter
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.recorder import Recorder, replay_output
 from scheduler_svc.text_stream import TextStream
@@ -65,6 +66,7 @@ class Engine:
             config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight
         )
         self.scheduler = Scheduler(policy, reuse=config.prefix_reuse)
+        self.meter = LoadMeter()
         self.draining = False
         self._is_closed = False
         self._config = config
@@ -113,12 +115,43 @@ class Engine:
         except NeverFitsError as error:
             raise invalid(str(error)) from error
         answer = Answer(request, texts, terms, time.monotonic())
+        self._meter_arrival(answer)
         self.answers.add(answer)
         self._streams.update(zip(request.family, answer.streams, strict=True))
         self._recorder.accepted(answer)
         self._watch_deadlines()
         self._pump()
         return answer
+
+    def _meter_arrival(self, answer: Answer) -> None:
+        """Count a request, and who has nobody to compute it is told at once."""
+        self.meter.note_arrived(answer.request.prompt_count)
+        for stream in answer.streams:
+            stream.on_first_token = partial(self._meter_first_token, answer)
+        if not self.has_executor:
+            self.meter.tell_at_once()
+
+    def _meter_first_token(self, answer: Answer, now: float) -> None:
+        if not answer.output_token_count:  # none of the other choices was faster
+            self.meter.note_first_token(now, now - answer.accepted_at)
+
+    def _meter_end(self, answer: Answer) -> None:
+        request, now = answer.request, time.monotonic()
+        decoding_s = now - answer.first_token_at if answer.first_token_at is not None else 0.0
+        output_count = answer.output_token_count // len(answer.streams)
+        self.meter.note_ended(now, request.prompt_count, output_count, request.reused_count, decoding_s)
+
+    @property
+    def has_executor(self) -> bool:
+        """Whether anybody is attached who takes requests."""
+        return any(not link.draining for link in self._links.values())
+
+    def oldest_waiting_at(self) -> float | None:
+        """When the one that waits longest of those who wait was accepted; None: nobody waits."""
+        for request in self._streams:  # in the order in which they were accepted
+            if request.state is RequestState.WAITING and not request.is_unforked:
+                return self._answer_of(request).accepted_at
+        return None
 
     async def durable(self) -> None:
         """Wait until everything that has happened up to now is written down."""
@@ -166,10 +199,12 @@ class Engine:
         if self.draining:
             raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; retry with backoff")
         waiting, limit = self.scheduler.waiting_count, self._config.max_waiting_requests
-        if waiting >= limit:
+        if waiting + self.meter.at_door_count >= limit:
+            self.meter.refused_request_count += 1
             raise _overloaded(f"{waiting} requests are waiting, the limit is {limit}")
         tokens, limit = self.scheduler.waiting_token_count, self._config.max_waiting_tokens
         if waiting and tokens + token_count > limit:
+            self.meter.refused_request_count += 1
             raise _overloaded(f"{tokens} tokens are waiting and this request has {token_count}, the limit is {limit}")
 
     async def wait_for_room(self, request_id: str, token_count: int) -> None:
@@ -327,6 +362,7 @@ class Engine:
     def _release(self, link: Link, step: int, outputs: Outputs) -> None:
         now = time.monotonic()
         stopped = False
+        self.meter.generated_token_count += len(outputs.tokens)
         for request, token_id in outputs.tokens:
             stream = self._streams.get(request)
             if stream is None:
@@ -372,6 +408,7 @@ class Engine:
             for executor_id, link in self._links.items():
                 while (plan := self.scheduler.plan(executor_id, now)) is not None:
                     link.send(plan)
+                    self.meter.computed_token_count += plan.token_count
                     self._recorder.placed(executor_id, link.incarnation, plan)
                     progress = True
         for executor_id, link in self._links.items():
@@ -388,6 +425,7 @@ class Engine:
         stream.end(request.finish_reason, time.monotonic())
         answer = self._answer_of(request)
         if answer.has_ended:
+            self._meter_end(answer)
             self.answers.note_ended(answer)
         self._ended.set()
 

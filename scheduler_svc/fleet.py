@@ -65,6 +65,7 @@ class Fleet:
     ) -> None:
         """Start empty. Only executors whose model has this fingerprint may join."""
         self.limits: ModelLimits | None = None  # of the model, once an executor has joined
+        self.limits_known = asyncio.Event()
         self.members: dict[str, Member] = {}
         self.epoch = owner[0]
         self._config = config
@@ -131,6 +132,7 @@ class Fleet:
         self._journal.append(records.Joined(request.executor_id, request.SerializeToString()))
         model = request.model
         self.limits = ModelLimits(model.context_length, model.vocabulary_size, tuple(model.end_token_ids))
+        self.limits_known.set()
         log.info("executor joined", executor_id=request.executor_id, address=request.address, mode=model.mode)
         return member
 
@@ -208,7 +210,7 @@ class Fleet:
         missing += [name for name in ("model", "capacity") if not request.HasField(name)]
         if missing:
             raise invalid(f"{missing[0]} is missing")
-        _check_id(request.executor_id)
+        check_name("executor_id", request.executor_id)
         size, model = request.capacity, request.model
         if _protocol_of(request) is None:
             raise _mismatch(
@@ -263,19 +265,23 @@ def capacity_of(message: fleet_pb2.ExecutorCapacity) -> Capacity:
     return Capacity(groups, message.block_count, message.slot_count, message.step_token_count)
 
 
+def state_of(member: Member, engine: Engine) -> fleet_pb2.ExecutorState.ValueType:
+    """Where an executor is."""
+    if member.joined.draining or member.link.draining:
+        return fleet_pb2.EXECUTOR_STATE_DRAINING
+    is_there = member.link.is_attached and member.joined.executor_id in engine.scheduler.executors
+    return fleet_pb2.EXECUTOR_STATE_READY if is_there else fleet_pb2.EXECUTOR_STATE_CONNECTING
+
+
 def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
     """An executor as operators see it."""
     joined = member.joined
     executor = engine.scheduler.executors.get(joined.executor_id) if member.link.is_attached else None
-    if joined.draining or member.link.draining:
-        state = fleet_pb2.EXECUTOR_STATE_DRAINING
-    else:
-        state = fleet_pb2.EXECUTOR_STATE_READY if executor else fleet_pb2.EXECUTOR_STATE_CONNECTING
     return fleet_pb2.Executor(
         executor_id=joined.executor_id,
         incarnation=joined.incarnation,
         address=joined.address,
-        state=state,
+        state=state_of(member, engine),
         model=joined.model,
         capacity=joined.capacity,
         running_request_count=len(executor.running) if executor else 0,
@@ -286,12 +292,14 @@ def describe(member: Member, engine: Engine) -> fleet_pb2.Executor:
         step=member.link.answered_step,
         step_us=member.link.step_us,
         idle_share=member.link.idle_share,
+        startup_ms=joined.startup_ms,
     )
 
 
-def _check_id(executor_id: str) -> None:
-    if len(executor_id) > 128 or not executor_id.isascii() or not executor_id.isprintable() or " " in executor_id:
-        raise invalid(f"executor_id {executor_id!r} must be 1 to 128 printable ASCII characters without spaces")
+def check_name(field_name: str, name: str) -> None:
+    """Refuse a name that could not stand in a log. Raises `RefusedError`."""
+    if not 1 <= len(name) <= 128 or not name.isascii() or not name.isprintable() or " " in name:
+        raise invalid(f"{field_name} {name!r} must be 1 to 128 printable ASCII characters without spaces")
 
 
 def _mismatch(message: str) -> RefusedError:

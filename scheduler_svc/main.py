@@ -20,12 +20,14 @@ from scheduler_svc.config import SchedulerConfig, check_settings
 from scheduler_svc.door import Door
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
+from scheduler_svc.fleet_service import FleetService
 from scheduler_svc.journal.journal import Durability, Journal
 from scheduler_svc.journal.restored import Restored
 from scheduler_svc.metrics import SchedulerMetrics
 from scheduler_svc.recorder import Recorder, answer_of, owner_of
 from scheduler_svc.refuse_malformed import RefuseMalformed
-from scheduler_svc.service import FleetService, InferenceService
+from scheduler_svc.scaling_lease import LEASE_S, ScalingLease
+from scheduler_svc.service import InferenceService
 from scheduler_svc.tokenizer import Tokenizer
 
 log = structlog.get_logger()
@@ -87,10 +89,12 @@ class SchedulerApp:
         self._server = Server(interceptors=[RefuseMalformed()])
         self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
-        inference = InferenceService(self.door, self.engine, self.fleet, model)
+        had_a_life = bool(self.journal.restored.joined or self.journal.restored.requests)
+        scaling = ScalingLease(time.monotonic() + LEASE_S) if had_a_life else ScalingLease()
+        inference = InferenceService(self.door, self.engine, self.fleet, scaling, model)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server.grpc)
-        fleet_service = FleetService(self.fleet, self.engine, self.journal)
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet_service, self._server.grpc)
+        self._fleet_service = FleetService(self.fleet, self.engine, self.journal, scaling, model_name)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet_service, self._server.grpc)
         self.journal.snapshot = lambda: [*self.fleet.records(), *recorder.snapshot(self.engine.answers)]
         self.journal.outputs = lambda: recorder.outputs(self.engine.answers)
         self.journal.shed = self.engine.answers.forget_oldest
@@ -144,6 +148,7 @@ class SchedulerApp:
         elif not watching.done():
             await self._drain()
         watching.cancel()
+        self._fleet_service.leave()
         self.engine.close()
         self.fleet.close()
         await self._server.stop(_LAST_CHUNKS_S)

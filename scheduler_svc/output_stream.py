@@ -16,6 +16,8 @@ class OutputStream:
     where stop strings have to be found as soon as they are complete. The step loop never waits for a reader.
     """
 
+    on_first_token: Callable[[float], None] | None = None  # is told when that was
+
     def __init__(self, request: Request, text: TextStream, on_news: Callable[[OutputStream], None]) -> None:
         """Start empty; `on_news` is called whenever there is something new to read."""
         self.request = request
@@ -33,6 +35,8 @@ class OutputStream:
         """Add a token. Returns the output count at which the text came to a stop string, if it has."""
         if self.first_token_at is None:
             self.first_token_at = now
+            if self.on_first_token is not None:
+                self.on_first_token(now)
         self.token_ids.append(token_id)
         self._on_news(self)
         return self._make_text() if self._text_stream.has_stops else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from array import array
@@ -13,21 +14,23 @@ import structlog
 
 from common.errors import RefusedError, abort, invalid
 from common.tracing import parse_traceparent
-from paceline.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
+from paceline.v1 import inference_pb2_grpc
 from scheduler_svc.answers import Answer, Piece, Reader, data_loss
 from scheduler_svc.core.request import FinishReason, TraceContext
 from scheduler_svc.door import Door, content_hash, positions_of, request_id_of
 from scheduler_svc.engine import Engine
-from scheduler_svc.fleet import Fleet, describe
-from scheduler_svc.journal.journal import Durability, Journal
+from scheduler_svc.fleet import Fleet
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.refuse_malformed import Malformed
+from scheduler_svc.scaling_lease import ScalingLease
 
 log = structlog.get_logger()
 
 _BATCH_REQUESTS = 1024
 """Requests of one batch that may run, or be answered and not written, at once: what an unread batch can hold."""
+
+_LOOK_EVERY_S = 0.5  # whether an autoscaler is still there
 
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -40,18 +43,13 @@ _UNKNOWN = (
     "with another model"
 )
 
-_DURABILITIES = {
-    Durability.OFF: fleet_pb2.DURABILITY_OFF,
-    Durability.ON: fleet_pb2.DURABILITY_ON,
-    Durability.LOST: fleet_pb2.DURABILITY_LOST,
-}
-
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves users."""
 
-    def __init__(self, door: Door, engine: Engine, fleet: Fleet, model: pb.Model) -> None:
+    def __init__(self, door: Door, engine: Engine, fleet: Fleet, scaling: ScalingLease, model: pb.Model) -> None:
         """Serve `model`; what executors know of it is added when they join."""
+        self._scaling = scaling
         self._door = door
         self._engine = engine
         self._fleet = fleet
@@ -153,12 +151,35 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         remaining_s = context.time_remaining()
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
         with self._engine.arriving(request_id):
+            self._refuse_hopeless(request_id, deadline)
+            if self._fleet.limits is None:
+                await self._wait_for_first_executor()
             request, texts, terms = await self._door.request(
                 message, request_id, self._fleet.limits, deadline, _trace(context)
             )
             if wait:
                 await self._engine.wait_for_room(request_id, len(request.token_ids))
             return self._engine.submit(request, texts, terms)
+
+    def _refuse_hopeless(self, request_id: str, deadline: float) -> None:
+        """Tell at once who cannot be served in time: the next executor is still to be started."""
+        now = time.monotonic()
+        wait_s = self._scaling.least_wait_s(now)
+        if wait_s and not self._engine.has_executor and deadline < now + wait_s:
+            raise RefusedError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"request '{request_id}' has {max(0.0, deadline - now):.1f} s left, but no executor is there and the "
+                f"next one takes requests in {wait_s:.1f} s at the earliest; allow more time",
+            )
+
+    async def _wait_for_first_executor(self) -> None:
+        """Hold a request that came before the first executor, as long as an autoscaler is there that will start one:
+        only executors know how many tokens the model takes.
+        """
+        with self._engine.meter.at_door():
+            while not self._fleet.limits_known.is_set() and self._scaling.holder(time.monotonic()):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._fleet.limits_known.wait(), _LOOK_EVERY_S)
 
     async def whole(self, reader: Reader) -> pb.GenerateOutput:
         """Read an answer to its end. Raises `RefusedError` when it ends badly."""
@@ -258,49 +279,6 @@ class _Batch:
     def _refuse(self, index: int, request_id: str, error: RefusedError) -> None:
         failure = pb.RequestError(request_id=request_id, code=error.code_number, message=error.message)
         self._answers.put_nowait(pb.GenerateBatchResponse(index=index, error=failure))
-
-
-class FleetService(fleet_pb2_grpc.FleetServiceServicer):
-    """Serves executors and operators."""
-
-    def __init__(self, fleet: Fleet, engine: Engine, journal: Journal) -> None:
-        """Serve `fleet`."""
-        self._fleet = fleet
-        self._engine = engine
-        self._journal = journal
-
-    async def Join(self, request: fleet_pb2.JoinRequest, context: grpc.aio.ServicerContext) -> fleet_pb2.JoinResponse:
-        """Take an executor up or renew its lease."""
-        try:
-            return self._fleet.join(request)
-        except RefusedError as error:
-            log.warning("executor refused", executor_id=request.executor_id, reason=error.message)
-            await abort(context, error)
-
-    async def ListExecutors(
-        self,
-        request: fleet_pb2.ListExecutorsRequest,
-        context: grpc.aio.ServicerContext,
-    ) -> fleet_pb2.ListExecutorsResponse:
-        """Show the fleet."""
-        members = sorted(self._fleet.members.values(), key=lambda member: member.joined.executor_id)
-        return fleet_pb2.ListExecutorsResponse(
-            executors=[describe(member, self._engine) for member in members],
-            waiting_request_count=self._engine.scheduler.waiting_count,
-            epoch=self._fleet.epoch,
-            durability=_DURABILITIES[self._journal.durability],
-            journal_bytes=self._journal.byte_count,
-        )
-
-    async def Drain(
-        self, request: fleet_pb2.DrainRequest, context: grpc.aio.ServicerContext
-    ) -> fleet_pb2.DrainResponse:
-        """Take an executor out of service."""
-        try:
-            self._fleet.drain(request.executor_id, request.finish_within_s)
-        except RefusedError as error:
-            await abort(context, error)
-        return fleet_pb2.DrainResponse()
 
 
 def _response(reader: Reader, stream: OutputStream, piece: Piece) -> pb.GenerateResponse:

@@ -51,7 +51,7 @@ class StepTimes:
 
     def seconds(self, step_count: int, token_count: int) -> float:
         """Expected seconds for steps that compute `token_count` tokens together."""
-        per_token, per_step = self._line()
+        per_token, per_step = self.line()
         return step_count * per_step + token_count * per_token
 
     def least_seconds(self, step_count: int, token_count: int, now: float) -> float:
@@ -64,7 +64,7 @@ class StepTimes:
         of_all, of_large = self._least
         return step_count * (of_large if token_count >= self._large * step_count else of_all)
 
-    def _line(self) -> tuple[float, float]:
+    def line(self) -> tuple[float, float]:
         """(seconds for a token, seconds for a step), neither below 0."""
         variance = self._tokens_squared - self._tokens * self._tokens
         if variance < 0.01 * self._tokens * self._tokens + 1e-9:  # steps of one size say nothing of others

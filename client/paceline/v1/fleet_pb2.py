@@ -24,37 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17paceline/v1/fleet.proto\x12\x0bpaceline.v1\"\x82\x02\n\x0bJoinRequest\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x0f\n\x07release\x18\x05 \x01(\t\x12)\n\x05model\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.ExecutorModel\x12/\n\x08\x63\x61pacity\x18\x07 \x01(\x0b\x32\x1d.paceline.v1.ExecutorCapacity\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x1f\n\x17oldest_protocol_version\x18\t \x01(\r\"\x97\x01\n\rExecutorModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x15\n\rend_token_ids\x18\x05 \x03(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04mode\x18\x07 \x01(\t\"\x99\x01\n\x10\x45xecutorCapacity\x12-\n\x0clayer_groups\x18\x01 \x03(\x0b\x32\x17.paceline.v1.LayerGroup\x12\x13\n\x0b\x62lock_count\x18\x02 \x01(\r\x12\x12\n\nslot_count\x18\x03 \x01(\r\x12\x18\n\x10step_token_count\x18\x04 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x05 \x01(\x04\"T\n\nLayerGroup\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x0e\n\x06window\x18\x02 \x01(\r\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12\x13\n\x0blayer_count\x18\x04 \x01(\r\" \n\x0cJoinResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\"\x16\n\x14ListExecutorsRequest\"\xb3\x01\n\x15ListExecutorsResponse\x12(\n\texecutors\x18\x01 \x03(\x0b\x32\x15.paceline.v1.Executor\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12+\n\ndurability\x18\x04 \x01(\x0e\x32\x17.paceline.v1.Durability\x12\x15\n\rjournal_bytes\x18\x05 \x01(\x04\"<\n\x0c\x44rainRequest\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x17\n\x0f\x66inish_within_s\x18\x02 \x01(\r\"\x0f\n\rDrainResponse\"\x8d\x03\n\x08\x45xecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.paceline.v1.ExecutorState\x12)\n\x05model\x18\x05 \x01(\x0b\x32\x1a.paceline.v1.ExecutorModel\x12/\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x1d.paceline.v1.ExecutorCapacity\x12\x1d\n\x15running_request_count\x18\x07 \x01(\r\x12\x18\n\x10\x66ree_block_count\x18\x08 \x01(\r\x12\x0c\n\x04step\x18\t \x01(\x04\x12\x0f\n\x07step_us\x18\n \x01(\r\x12\x12\n\nidle_share\x18\x0b \x01(\x01\x12\x1c\n\x14reusable_block_count\x18\x0c \x01(\r\x12\x19\n\x11known_token_count\x18\r \x01(\x04\x12\x1a\n\x12reused_token_count\x18\x0e \x01(\x04*d\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44URABILITY_OFF\x10\x01\x12\x11\n\rDURABILITY_ON\x10\x02\x12\x13\n\x0f\x44URABILITY_LOST\x10\x03*\x85\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45XECUTOR_STATE_CONNECTING\x10\x01\x12\x18\n\x14\x45XECUTOR_STATE_READY\x10\x02\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x03\x32\xe3\x01\n\x0c\x46leetService\x12;\n\x04Join\x12\x18.paceline.v1.JoinRequest\x1a\x19.paceline.v1.JoinResponse\x12V\n\rListExecutors\x12!.paceline.v1.ListExecutorsRequest\x1a\".paceline.v1.ListExecutorsResponse\x12>\n\x05\x44rain\x12\x19.paceline.v1.DrainRequest\x1a\x1a.paceline.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17paceline/v1/fleet.proto\x12\x0bpaceline.v1\"\x96\x02\n\x0bJoinRequest\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x0f\n\x07release\x18\x05 \x01(\t\x12)\n\x05model\x18\x06 \x01(\x0b\x32\x1a.paceline.v1.ExecutorModel\x12/\n\x08\x63\x61pacity\x18\x07 \x01(\x0b\x32\x1d.paceline.v1.ExecutorCapacity\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x1f\n\x17oldest_protocol_version\x18\t \x01(\r\x12\x12\n\nstartup_ms\x18\n \x01(\r\"\x97\x01\n\rExecutorModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x15\n\rend_token_ids\x18\x05 \x03(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04mode\x18\x07 \x01(\t\"\x99\x01\n\x10\x45xecutorCapacity\x12-\n\x0clayer_groups\x18\x01 \x03(\x0b\x32\x17.paceline.v1.LayerGroup\x12\x13\n\x0b\x62lock_count\x18\x02 \x01(\r\x12\x12\n\nslot_count\x18\x03 \x01(\r\x12\x18\n\x10step_token_count\x18\x04 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x05 \x01(\x04\"T\n\nLayerGroup\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x0e\n\x06window\x18\x02 \x01(\r\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12\x13\n\x0blayer_count\x18\x04 \x01(\r\" \n\x0cJoinResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\"\x16\n\x14ListExecutorsRequest\"\xb3\x01\n\x15ListExecutorsResponse\x12(\n\texecutors\x18\x01 \x03(\x0b\x32\x15.paceline.v1.Executor\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12+\n\ndurability\x18\x04 \x01(\x0e\x32\x17.paceline.v1.Durability\x12\x15\n\rjournal_bytes\x18\x05 \x01(\x04\"<\n\x0c\x44rainRequest\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x17\n\x0f\x66inish_within_s\x18\x02 \x01(\r\"\x0f\n\rDrainResponse\"\xa1\x03\n\x08\x45xecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.paceline.v1.ExecutorState\x12)\n\x05model\x18\x05 \x01(\x0b\x32\x1a.paceline.v1.ExecutorModel\x12/\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x1d.paceline.v1.ExecutorCapacity\x12\x1d\n\x15running_request_count\x18\x07 \x01(\r\x12\x18\n\x10\x66ree_block_count\x18\x08 \x01(\r\x12\x0c\n\x04step\x18\t \x01(\x04\x12\x0f\n\x07step_us\x18\n \x01(\r\x12\x12\n\nidle_share\x18\x0b \x01(\x01\x12\x1c\n\x14reusable_block_count\x18\x0c \x01(\r\x12\x19\n\x11known_token_count\x18\r \x01(\x04\x12\x1a\n\x12reused_token_count\x18\x0e \x01(\x04\x12\x12\n\nstartup_ms\x18\x0f \x01(\r\"c\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\x12\x1d\n\x15\x66irst_token_target_ms\x18\x02 \x01(\r\x12\x1b\n\x13per_token_target_us\x18\x03 \x01(\r\"\xc0\x05\n\x11WatchLoadResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1d\n\x15waiting_request_count\x18\x03 \x01(\r\x12\x1b\n\x13waiting_token_count\x18\x04 \x01(\x04\x12\x19\n\x11oldest_waiting_ms\x18\x05 \x01(\r\x12\x1d\n\x15running_request_count\x18\x06 \x01(\r\x12\x1b\n\x13running_token_count\x18\x07 \x01(\x04\x12\x1b\n\x13\x62\x61\x63klog_token_count\x18\x08 \x01(\x04\x12\x12\n\nbacklog_ms\x18\t \x01(\r\x12\x13\n\x0b\x62lock_count\x18\n \x01(\x04\x12\x18\n\x10held_block_count\x18\x0b \x01(\x04\x12\x1d\n\x15\x61rrived_request_count\x18\x0c \x01(\x04\x12\"\n\x1a\x61rrived_prompt_token_count\x18\r \x01(\x04\x12\x1d\n\x15refused_request_count\x18\x0e \x01(\x04\x12\x1b\n\x13\x65nded_request_count\x18\x0f \x01(\x04\x12\x1d\n\x15generated_token_count\x18\x10 \x01(\x04\x12\x1c\n\x14\x63omputed_token_count\x18\x11 \x01(\x04\x12\x1a\n\x12reused_token_count\x18\x12 \x01(\x04\x12)\n\x0b\x66irst_token\x18\x13 \x01(\x0b\x32\x14.paceline.v1.Latency\x12\'\n\tper_token\x18\x14 \x01(\x0b\x32\x14.paceline.v1.Latency\x12\x1f\n\x17mean_prompt_token_count\x18\x15 \x01(\x01\x12\x1f\n\x17mean_output_token_count\x18\x16 \x01(\x01\x12,\n\texecutors\x18\x17 \x03(\x0b\x32\x19.paceline.v1.ExecutorLoad\"u\n\x07Latency\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0e\n\x06sum_us\x18\x02 \x01(\x04\x12\x1b\n\x13within_target_count\x18\x03 \x01(\x04\x12\x0e\n\x06p50_us\x18\x04 \x01(\r\x12\x0e\n\x06p95_us\x18\x05 \x01(\r\x12\x0e\n\x06p99_us\x18\x06 \x01(\r\"\xd5\x02\n\x0c\x45xecutorLoad\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.paceline.v1.ExecutorState\x12\x1d\n\x15running_request_count\x18\x03 \x01(\r\x12\x1b\n\x13running_token_count\x18\x04 \x01(\x04\x12\x1a\n\x12useful_token_count\x18\x05 \x01(\x04\x12\x13\n\x0b\x62lock_count\x18\x06 \x01(\r\x12\x18\n\x10held_block_count\x18\x07 \x01(\r\x12\x12\n\nslot_count\x18\x08 \x01(\r\x12\x18\n\x10step_token_count\x18\t \x01(\r\x12\x19\n\x11\x63\x61\x63he_token_count\x18\n \x01(\x04\x12\x0f\n\x07step_us\x18\x0b \x01(\x01\x12\x10\n\x08token_us\x18\x0c \x01(\x01\x12\x12\n\nstartup_ms\x18\r \x01(\r\"q\n\x13LeaseScalingRequest\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x08\x12\x1f\n\x17starting_executor_count\x18\x03 \x01(\r\x12\x15\n\rnext_ready_ms\x18\x04 \x01(\r\"(\n\x14LeaseScalingResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r*d\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44URABILITY_OFF\x10\x01\x12\x11\n\rDURABILITY_ON\x10\x02\x12\x13\n\x0f\x44URABILITY_LOST\x10\x03*\x85\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45XECUTOR_STATE_CONNECTING\x10\x01\x12\x18\n\x14\x45XECUTOR_STATE_READY\x10\x02\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x03\x32\x86\x03\n\x0c\x46leetService\x12;\n\x04Join\x12\x18.paceline.v1.JoinRequest\x1a\x19.paceline.v1.JoinResponse\x12V\n\rListExecutors\x12!.paceline.v1.ListExecutorsRequest\x1a\".paceline.v1.ListExecutorsResponse\x12>\n\x05\x44rain\x12\x19.paceline.v1.DrainRequest\x1a\x1a.paceline.v1.DrainResponse\x12L\n\tWatchLoad\x12\x1d.paceline.v1.WatchLoadRequest\x1a\x1e.paceline.v1.WatchLoadResponse0\x01\x12S\n\x0cLeaseScaling\x12 .paceline.v1.LeaseScalingRequest\x1a!.paceline.v1.LeaseScalingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=1416
-  _globals['_DURABILITY']._serialized_end=1516
-  _globals['_EXECUTORSTATE']._serialized_start=1519
-  _globals['_EXECUTORSTATE']._serialized_end=1652
+  _globals['_DURABILITY']._serialized_start=2884
+  _globals['_DURABILITY']._serialized_end=2984
+  _globals['_EXECUTORSTATE']._serialized_start=2987
+  _globals['_EXECUTORSTATE']._serialized_end=3120
   _globals['_JOINREQUEST']._serialized_start=41
-  _globals['_JOINREQUEST']._serialized_end=299
-  _globals['_EXECUTORMODEL']._serialized_start=302
-  _globals['_EXECUTORMODEL']._serialized_end=453
-  _globals['_EXECUTORCAPACITY']._serialized_start=456
-  _globals['_EXECUTORCAPACITY']._serialized_end=609
-  _globals['_LAYERGROUP']._serialized_start=611
-  _globals['_LAYERGROUP']._serialized_end=695
-  _globals['_JOINRESPONSE']._serialized_start=697
-  _globals['_JOINRESPONSE']._serialized_end=729
-  _globals['_LISTEXECUTORSREQUEST']._serialized_start=731
-  _globals['_LISTEXECUTORSREQUEST']._serialized_end=753
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=756
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=935
-  _globals['_DRAINREQUEST']._serialized_start=937
-  _globals['_DRAINREQUEST']._serialized_end=997
-  _globals['_DRAINRESPONSE']._serialized_start=999
-  _globals['_DRAINRESPONSE']._serialized_end=1014
-  _globals['_EXECUTOR']._serialized_start=1017
-  _globals['_EXECUTOR']._serialized_end=1414
-  _globals['_FLEETSERVICE']._serialized_start=1655
-  _globals['_FLEETSERVICE']._serialized_end=1882
+  _globals['_JOINREQUEST']._serialized_end=319
+  _globals['_EXECUTORMODEL']._serialized_start=322
+  _globals['_EXECUTORMODEL']._serialized_end=473
+  _globals['_EXECUTORCAPACITY']._serialized_start=476
+  _globals['_EXECUTORCAPACITY']._serialized_end=629
+  _globals['_LAYERGROUP']._serialized_start=631
+  _globals['_LAYERGROUP']._serialized_end=715
+  _globals['_JOINRESPONSE']._serialized_start=717
+  _globals['_JOINRESPONSE']._serialized_end=749
+  _globals['_LISTEXECUTORSREQUEST']._serialized_start=751
+  _globals['_LISTEXECUTORSREQUEST']._serialized_end=773
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=776
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=955
+  _globals['_DRAINREQUEST']._serialized_start=957
+  _globals['_DRAINREQUEST']._serialized_end=1017
+  _globals['_DRAINRESPONSE']._serialized_start=1019
+  _globals['_DRAINRESPONSE']._serialized_end=1034
+  _globals['_EXECUTOR']._serialized_start=1037
+  _globals['_EXECUTOR']._serialized_end=1454
+  _globals['_WATCHLOADREQUEST']._serialized_start=1456
+  _globals['_WATCHLOADREQUEST']._serialized_end=1555
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1558
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2262
+  _globals['_LATENCY']._serialized_start=2264
+  _globals['_LATENCY']._serialized_end=2381
+  _globals['_EXECUTORLOAD']._serialized_start=2384
+  _globals['_EXECUTORLOAD']._serialized_end=2725
+  _globals['_LEASESCALINGREQUEST']._serialized_start=2727
+  _globals['_LEASESCALINGREQUEST']._serialized_end=2840
+  _globals['_LEASESCALINGRESPONSE']._serialized_start=2842
+  _globals['_LEASESCALINGRESPONSE']._serialized_end=2882
+  _globals['_FLEETSERVICE']._serialized_start=3123
+  _globals['_FLEETSERVICE']._serialized_end=3513
 # @@protoc_insertion_point(module_scope)

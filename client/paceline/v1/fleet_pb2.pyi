@@ -87,6 +87,7 @@ class JoinRequest(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    STARTUP_MS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Name of the executor, 1 to 128 printable ASCII characters without spaces, unique in the fleet. Stays the same
     when its process restarts.
@@ -107,6 +108,8 @@ class JoinRequest(_message.Message):
     """Oldest version of `paceline.internal.v1` that the executor speaks: that of the release before it, so that a rolling
     restart works. Unset: `protocol_version` alone.
     """
+    startup_ms: _builtins.int
+    """Milliseconds from the start of the process until its model was ready to run. 0: unknown."""
     @_builtins.property
     def model(self) -> Global___ExecutorModel:
         """The model it runs."""
@@ -127,10 +130,11 @@ class JoinRequest(_message.Message):
         capacity: Global___ExecutorCapacity | None = ...,
         draining: _builtins.bool = ...,
         oldest_protocol_version: _builtins.int = ...,
+        startup_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "draining", b"draining", "executor_id", b"executor_id", "incarnation", b"incarnation", "model", b"model", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "draining", b"draining", "executor_id", b"executor_id", "incarnation", b"incarnation", "model", b"model", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "release", b"release", "startup_ms", b"startup_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -396,6 +400,7 @@ class Executor(_message.Message):
     REUSABLE_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     KNOWN_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     REUSED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    STARTUP_MS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     incarnation: _builtins.int
     address: _builtins.str
@@ -418,6 +423,8 @@ class Executor(_message.Message):
     """Tokens of all requests placed on it since it was attached that had to be in the cache before their next token."""
     reused_token_count: _builtins.int
     """How many of `known_token_count` were in the cache already and not computed."""
+    startup_ms: _builtins.int
+    """Milliseconds that its process took until its model was ready. 0: unknown."""
     @_builtins.property
     def model(self) -> Global___ExecutorModel: ...
     @_builtins.property
@@ -439,11 +446,315 @@ class Executor(_message.Message):
         reusable_block_count: _builtins.int = ...,
         known_token_count: _builtins.int = ...,
         reused_token_count: _builtins.int = ...,
+        startup_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "executor_id", b"executor_id", "free_block_count", b"free_block_count", "idle_share", b"idle_share", "incarnation", b"incarnation", "known_token_count", b"known_token_count", "model", b"model", "reusable_block_count", b"reusable_block_count", "reused_token_count", b"reused_token_count", "running_request_count", b"running_request_count", "state", b"state", "step", b"step", "step_us", b"step_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "executor_id", b"executor_id", "free_block_count", b"free_block_count", "idle_share", b"idle_share", "incarnation", b"incarnation", "known_token_count", b"known_token_count", "model", b"model", "reusable_block_count", b"reusable_block_count", "reused_token_count", b"reused_token_count", "running_request_count", b"running_request_count", "startup_ms", b"startup_ms", "state", b"state", "step", b"step", "step_us", b"step_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Executor: _TypeAlias = Executor  # noqa: Y015
+
+@_typing.final
+class WatchLoadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_TARGET_MS_FIELD_NUMBER: _builtins.int
+    PER_TOKEN_TARGET_US_FIELD_NUMBER: _builtins.int
+    interval_ms: _builtins.int
+    """Milliseconds between two messages, 100 to 60000. Unset: 1000."""
+    first_token_target_ms: _builtins.int
+    """Milliseconds within which the first token should come: `Latency.within_target_count` of `first_token` counts those
+    that did. Unset: none does.
+    """
+    per_token_target_us: _builtins.int
+    """Microseconds that one token after the first should take on average: the same for `per_token`."""
+    def __init__(
+        self,
+        *,
+        interval_ms: _builtins.int = ...,
+        first_token_target_ms: _builtins.int = ...,
+        per_token_target_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_target_ms", b"first_token_target_ms", "interval_ms", b"interval_ms", "per_token_target_us", b"per_token_target_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
+
+@_typing.final
+class WatchLoadResponse(_message.Message):
+    """How much there is to do for a pool of executors, and to do it with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WAITING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    OLDEST_WAITING_MS_FIELD_NUMBER: _builtins.int
+    RUNNING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    RUNNING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BACKLOG_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BACKLOG_MS_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    HELD_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    ARRIVED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    ARRIVED_PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    REFUSED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    ENDED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    REUSED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    PER_TOKEN_FIELD_NUMBER: _builtins.int
+    MEAN_PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    EXECUTORS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The pool: name of the model that all its executors run."""
+    epoch: _builtins.int
+    """Number of this life of the scheduler. Counters begin again with another one."""
+    waiting_request_count: _builtins.int
+    """Requests accepted and not placed on an executor."""
+    waiting_token_count: _builtins.int
+    """Known tokens of these, reusable ones included."""
+    oldest_waiting_ms: _builtins.int
+    """Milliseconds for which the oldest of them has waited. 0: nobody waits."""
+    running_request_count: _builtins.int
+    """Requests placed on executors."""
+    running_token_count: _builtins.int
+    """Tokens of these that are in the cache."""
+    backlog_token_count: _builtins.int
+    """Tokens that have to be computed before everybody, waiting or running, has its next one: those that wait, as if
+    nothing of them could be reused, and what is left of those that catch up.
+    """
+    backlog_ms: _builtins.int
+    """Milliseconds that the executors that are there take for this backlog at their measured speed. 0 with a backlog:
+    unknown, because none is there or none has computed anything yet.
+    """
+    block_count: _builtins.int
+    """Blocks in the caches of the executors that take requests, and how many of them requests hold."""
+    held_block_count: _builtins.int
+    arrived_request_count: _builtins.int
+    """Counters of this life of the scheduler: requests accepted, and tokens of their prompts; requests that were refused
+    because the queue was full; requests that ended, whatever for; tokens generated; tokens computed, prompts
+    and recomputations included; prompt tokens that were found in a cache instead.
+    """
+    arrived_prompt_token_count: _builtins.int
+    refused_request_count: _builtins.int
+    ended_request_count: _builtins.int
+    generated_token_count: _builtins.int
+    computed_token_count: _builtins.int
+    reused_token_count: _builtins.int
+    mean_prompt_token_count: _builtins.float
+    """Mean tokens of the prompt and of the output of the requests that ended last. 0: none has."""
+    mean_output_token_count: _builtins.float
+    @_builtins.property
+    def first_token(self) -> Global___Latency:
+        """Time from the acceptance of a request to its first token, of the requests whose first token has come."""
+
+    @_builtins.property
+    def per_token(self) -> Global___Latency:
+        """Mean time of a token after the first, of the requests that have ended with at least two."""
+
+    @_builtins.property
+    def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorLoad]:
+        """In the order of their ids."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        waiting_request_count: _builtins.int = ...,
+        waiting_token_count: _builtins.int = ...,
+        oldest_waiting_ms: _builtins.int = ...,
+        running_request_count: _builtins.int = ...,
+        running_token_count: _builtins.int = ...,
+        backlog_token_count: _builtins.int = ...,
+        backlog_ms: _builtins.int = ...,
+        block_count: _builtins.int = ...,
+        held_block_count: _builtins.int = ...,
+        arrived_request_count: _builtins.int = ...,
+        arrived_prompt_token_count: _builtins.int = ...,
+        refused_request_count: _builtins.int = ...,
+        ended_request_count: _builtins.int = ...,
+        generated_token_count: _builtins.int = ...,
+        computed_token_count: _builtins.int = ...,
+        reused_token_count: _builtins.int = ...,
+        first_token: Global___Latency | None = ...,
+        per_token: Global___Latency | None = ...,
+        mean_prompt_token_count: _builtins.float = ...,
+        mean_output_token_count: _builtins.float = ...,
+        executors: _abc.Iterable[Global___ExecutorLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "per_token", b"per_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_prompt_token_count", b"arrived_prompt_token_count", "arrived_request_count", b"arrived_request_count", "backlog_ms", b"backlog_ms", "backlog_token_count", b"backlog_token_count", "block_count", b"block_count", "computed_token_count", b"computed_token_count", "ended_request_count", b"ended_request_count", "epoch", b"epoch", "executors", b"executors", "first_token", b"first_token", "generated_token_count", b"generated_token_count", "held_block_count", b"held_block_count", "mean_output_token_count", b"mean_output_token_count", "mean_prompt_token_count", b"mean_prompt_token_count", "model", b"model", "oldest_waiting_ms", b"oldest_waiting_ms", "per_token", b"per_token", "refused_request_count", b"refused_request_count", "reused_token_count", b"reused_token_count", "running_request_count", b"running_request_count", "running_token_count", b"running_token_count", "waiting_request_count", b"waiting_request_count", "waiting_token_count", b"waiting_token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchLoadResponse: _TypeAlias = WatchLoadResponse  # noqa: Y015
+
+@_typing.final
+class Latency(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    SUM_US_FIELD_NUMBER: _builtins.int
+    WITHIN_TARGET_COUNT_FIELD_NUMBER: _builtins.int
+    P50_US_FIELD_NUMBER: _builtins.int
+    P95_US_FIELD_NUMBER: _builtins.int
+    P99_US_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Counters of this life of the scheduler: how many there were, their sum, and how many were within the target that
+    the call names.
+    """
+    sum_us: _builtins.int
+    within_target_count: _builtins.int
+    p50_us: _builtins.int
+    """Of the last 60 seconds, at most the last 4096. 0: there was none."""
+    p95_us: _builtins.int
+    p99_us: _builtins.int
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        sum_us: _builtins.int = ...,
+        within_target_count: _builtins.int = ...,
+        p50_us: _builtins.int = ...,
+        p95_us: _builtins.int = ...,
+        p99_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "p50_us", b"p50_us", "p95_us", b"p95_us", "p99_us", b"p99_us", "sum_us", b"sum_us", "within_target_count", b"within_target_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Latency: _TypeAlias = Latency  # noqa: Y015
+
+@_typing.final
+class ExecutorLoad(_message.Message):
+    """One executor, as far as scaling is concerned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    RUNNING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    RUNNING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    USEFUL_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    HELD_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    SLOT_COUNT_FIELD_NUMBER: _builtins.int
+    STEP_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CACHE_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    STEP_US_FIELD_NUMBER: _builtins.int
+    TOKEN_US_FIELD_NUMBER: _builtins.int
+    STARTUP_MS_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    state: Global___ExecutorState.ValueType
+    running_request_count: _builtins.int
+    """Requests placed on it, and tokens of these in its cache: what would be lost with it, or has to move."""
+    running_token_count: _builtins.int
+    useful_token_count: _builtins.int
+    """Tokens in the cache that no request holds, times the share of tokens that this executor has reused so far: an
+    estimate of what others would have to compute again without it.
+    """
+    block_count: _builtins.int
+    """Blocks of the cache, and how many requests hold."""
+    held_block_count: _builtins.int
+    slot_count: _builtins.int
+    """Requests that may run at once, and tokens that a step may compute."""
+    step_token_count: _builtins.int
+    cache_token_count: _builtins.int
+    """Tokens that the whole cache holds at most, of one request after the other."""
+    step_us: _builtins.float
+    """Speed, measured: a step of n tokens takes about `step_us` + n * `token_us`. Both 0: it has computed nothing yet."""
+    token_us: _builtins.float
+    startup_ms: _builtins.int
+    """Milliseconds that its process took until its model was ready. 0: unknown."""
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        state: Global___ExecutorState.ValueType = ...,
+        running_request_count: _builtins.int = ...,
+        running_token_count: _builtins.int = ...,
+        useful_token_count: _builtins.int = ...,
+        block_count: _builtins.int = ...,
+        held_block_count: _builtins.int = ...,
+        slot_count: _builtins.int = ...,
+        step_token_count: _builtins.int = ...,
+        cache_token_count: _builtins.int = ...,
+        step_us: _builtins.float = ...,
+        token_us: _builtins.float = ...,
+        startup_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "cache_token_count", b"cache_token_count", "executor_id", b"executor_id", "held_block_count", b"held_block_count", "running_request_count", b"running_request_count", "running_token_count", b"running_token_count", "slot_count", b"slot_count", "startup_ms", b"startup_ms", "state", b"state", "step_token_count", b"step_token_count", "step_us", b"step_us", "token_us", b"token_us", "useful_token_count", b"useful_token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecutorLoad: _TypeAlias = ExecutorLoad  # noqa: Y015
+
+@_typing.final
+class LeaseScalingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    STARTING_EXECUTOR_COUNT_FIELD_NUMBER: _builtins.int
+    NEXT_READY_MS_FIELD_NUMBER: _builtins.int
+    holder_id: _builtins.str
+    """Name of the autoscaler, 1 to 128 printable ASCII characters without spaces, drawn anew at each start."""
+    release: _builtins.bool
+    """Gives the right back, if this one has it."""
+    starting_executor_count: _builtins.int
+    """Executors that are being started."""
+    next_ready_ms: _builtins.int
+    """Least milliseconds until the first of these takes requests or, where none is being started, until one would if a
+    request arrived now. 0: unknown.
+    """
+    def __init__(
+        self,
+        *,
+        holder_id: _builtins.str = ...,
+        release: _builtins.bool = ...,
+        starting_executor_count: _builtins.int = ...,
+        next_ready_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder_id", b"holder_id", "next_ready_ms", b"next_ready_ms", "release", b"release", "starting_executor_count", b"starting_executor_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseScalingRequest: _TypeAlias = LeaseScalingRequest  # noqa: Y015
+
+@_typing.final
+class LeaseScalingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_MS_FIELD_NUMBER: _builtins.int
+    lease_ms: _builtins.int
+    """Milliseconds from the moment of the call for which the right is held. 0 when it was given back."""
+    def __init__(
+        self,
+        *,
+        lease_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseScalingResponse: _TypeAlias = LeaseScalingResponse  # noqa: Y015

@@ -50,6 +50,16 @@ class FleetServiceStub:
                 request_serializer=paceline_dot_v1_dot_fleet__pb2.DrainRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_fleet__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/paceline.v1.FleetService/WatchLoad',
+                request_serializer=paceline_dot_v1_dot_fleet__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_fleet__pb2.WatchLoadResponse.FromString,
+                _registered_method=True)
+        self.LeaseScaling = channel.unary_unary(
+                '/paceline.v1.FleetService/LeaseScaling',
+                request_serializer=paceline_dot_v1_dot_fleet__pb2.LeaseScalingRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_fleet__pb2.LeaseScalingResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -98,6 +108,40 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoad(self, request, context):
+        """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
+        once when a request arrives that no executor is there for.
+
+        Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
+        message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
+        nothing.
+
+        Errors:
+
+        * `INVALID_ARGUMENT`: a field is out of range; the message names it.
+        * `UNAVAILABLE`: the scheduler is starting, draining or gone. Call again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaseScaling(self, request, context):
+        """Takes or renews the right to add and remove executors, which one autoscaler has at a time.
+
+        The holder counts `lease_ms` from the moment when it sent the call, and does nothing beyond it: so no two act at
+        once. What it says of the executors to come lets the scheduler refuse at once what cannot be ready in time.
+
+        Errors:
+
+        * `ALREADY_EXISTS`: another autoscaler holds it; the message names it. Keep calling: it may be gone one day.
+        * `UNAVAILABLE`: the scheduler has just restarted, and an autoscaler of its earlier life may still think that it holds
+        it; or the scheduler is starting, draining or gone. Keep calling.
+        * `INVALID_ARGUMENT`: `holder_id` is malformed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +159,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=paceline_dot_v1_dot_fleet__pb2.DrainRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_fleet__pb2.DrainResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=paceline_dot_v1_dot_fleet__pb2.WatchLoadRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_fleet__pb2.WatchLoadResponse.SerializeToString,
+            ),
+            'LeaseScaling': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaseScaling,
+                    request_deserializer=paceline_dot_v1_dot_fleet__pb2.LeaseScalingRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_fleet__pb2.LeaseScalingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -199,6 +253,60 @@ class FleetService:
             '/paceline.v1.FleetService/Drain',
             paceline_dot_v1_dot_fleet__pb2.DrainRequest.SerializeToString,
             paceline_dot_v1_dot_fleet__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/paceline.v1.FleetService/WatchLoad',
+            paceline_dot_v1_dot_fleet__pb2.WatchLoadRequest.SerializeToString,
+            paceline_dot_v1_dot_fleet__pb2.WatchLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaseScaling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.FleetService/LeaseScaling',
+            paceline_dot_v1_dot_fleet__pb2.LeaseScalingRequest.SerializeToString,
+            paceline_dot_v1_dot_fleet__pb2.LeaseScalingResponse.FromString,
             options,
             channel_credentials,
             insecure,

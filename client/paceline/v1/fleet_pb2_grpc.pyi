@@ -62,6 +62,32 @@ class FleetServiceStub:
     * `NOT_FOUND`: no executor of that name has a lease.
     * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
     """
+    WatchLoad: _grpc.UnaryStreamMultiCallable[_fleet_pb2.WatchLoadRequest, _fleet_pb2.WatchLoadResponse]
+    """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
+    once when a request arrives that no executor is there for.
+
+    Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
+    message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
+    nothing.
+
+    Errors:
+
+    * `INVALID_ARGUMENT`: a field is out of range; the message names it.
+    * `UNAVAILABLE`: the scheduler is starting, draining or gone. Call again.
+    """
+    LeaseScaling: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.LeaseScalingRequest, _fleet_pb2.LeaseScalingResponse]
+    """Takes or renews the right to add and remove executors, which one autoscaler has at a time.
+
+    The holder counts `lease_ms` from the moment when it sent the call, and does nothing beyond it: so no two act at
+    once. What it says of the executors to come lets the scheduler refuse at once what cannot be ready in time.
+
+    Errors:
+
+    * `ALREADY_EXISTS`: another autoscaler holds it; the message names it. Keep calling: it may be gone one day.
+    * `UNAVAILABLE`: the scheduler has just restarted, and an autoscaler of its earlier life may still think that it holds
+      it; or the scheduler is starting, draining or gone. Keep calling.
+    * `INVALID_ARGUMENT`: `holder_id` is malformed.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -96,6 +122,32 @@ class FleetServiceAsyncStub(FleetServiceStub):
 
     * `NOT_FOUND`: no executor of that name has a lease.
     * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
+    """
+    WatchLoad: _aio.UnaryStreamMultiCallable[_fleet_pb2.WatchLoadRequest, _fleet_pb2.WatchLoadResponse]  # type: ignore[assignment]
+    """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
+    once when a request arrives that no executor is there for.
+
+    Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
+    message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
+    nothing.
+
+    Errors:
+
+    * `INVALID_ARGUMENT`: a field is out of range; the message names it.
+    * `UNAVAILABLE`: the scheduler is starting, draining or gone. Call again.
+    """
+    LeaseScaling: _aio.UnaryUnaryMultiCallable[_fleet_pb2.LeaseScalingRequest, _fleet_pb2.LeaseScalingResponse]  # type: ignore[assignment]
+    """Takes or renews the right to add and remove executors, which one autoscaler has at a time.
+
+    The holder counts `lease_ms` from the moment when it sent the call, and does nothing beyond it: so no two act at
+    once. What it says of the executors to come lets the scheduler refuse at once what cannot be ready in time.
+
+    Errors:
+
+    * `ALREADY_EXISTS`: another autoscaler holds it; the message names it. Keep calling: it may be gone one day.
+    * `UNAVAILABLE`: the scheduler has just restarted, and an autoscaler of its earlier life may still think that it holds
+      it; or the scheduler is starting, draining or gone. Keep calling.
+    * `INVALID_ARGUMENT`: `holder_id` is malformed.
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -146,6 +198,44 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
 
         * `NOT_FOUND`: no executor of that name has a lease.
         * `INVALID_ARGUMENT`: `finish_within_s` is out of range.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchLoad(
+        self,
+        request: _fleet_pb2.WatchLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fleet_pb2.WatchLoadResponse], _abc.AsyncIterator[_fleet_pb2.WatchLoadResponse]]:
+        """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
+        once when a request arrives that no executor is there for.
+
+        Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
+        message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
+        nothing.
+
+        Errors:
+
+        * `INVALID_ARGUMENT`: a field is out of range; the message names it.
+        * `UNAVAILABLE`: the scheduler is starting, draining or gone. Call again.
+        """
+
+    @_abc_1.abstractmethod
+    def LeaseScaling(
+        self,
+        request: _fleet_pb2.LeaseScalingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.LeaseScalingResponse, _abc.Awaitable[_fleet_pb2.LeaseScalingResponse]]:
+        """Takes or renews the right to add and remove executors, which one autoscaler has at a time.
+
+        The holder counts `lease_ms` from the moment when it sent the call, and does nothing beyond it: so no two act at
+        once. What it says of the executors to come lets the scheduler refuse at once what cannot be ready in time.
+
+        Errors:
+
+        * `ALREADY_EXISTS`: another autoscaler holds it; the message names it. Keep calling: it may be gone one day.
+        * `UNAVAILABLE`: the scheduler has just restarted, and an autoscaler of its earlier life may still think that it holds
+          it; or the scheduler is starting, draining or gone. Keep calling.
+        * `INVALID_ARGUMENT`: `holder_id` is malformed.
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

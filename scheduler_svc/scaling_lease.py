@@ -1,0 +1,52 @@
+"""Who may add and remove executors: one autoscaler at a time."""
+
+from __future__ import annotations
+
+import math
+
+LEASE_S = 5.0
+"""How long the right lasts after each renewal."""
+
+
+class ScalingLease:
+    """The right to scale, and what its holder says of executors to come. Time is an argument, in seconds."""
+
+    def __init__(self, grants_from: float = -math.inf) -> None:
+        """Held by nobody, and granted from a moment on: an earlier life of the scheduler may have granted it before."""
+        self._grants_from = grants_from
+        self._holder = ""
+        self._held_until = -math.inf
+        self._next_ready_at = math.inf  # soonest; infinity: unknown
+        self._starts_in_s = 0.0  # soonest, where none is being started
+        self.starting_count = 0
+
+    def holder(self, now: float) -> str:
+        """Who has it; "": nobody."""
+        return self._holder if now < self._held_until else ""
+
+    def opens_in_s(self, now: float) -> float:
+        """Seconds until anybody may have it; 0: now."""
+        return max(0.0, self._grants_from - now)
+
+    def take(self, holder: str, now: float, starting_count: int = 0, next_ready_s: float = 0.0) -> bool:
+        """Take or renew it; whether that worked. `next_ready_s` as in the call, 0: unknown."""
+        if now < self._grants_from or self.holder(now) not in ("", holder):
+            return False
+        self._holder, self._held_until = holder, now + LEASE_S
+        self.starting_count = starting_count
+        self._next_ready_at = now + next_ready_s if starting_count and next_ready_s else math.inf
+        self._starts_in_s = 0.0 if starting_count else next_ready_s
+        return True
+
+    def give_back(self, holder: str, now: float) -> None:
+        """Let somebody else have it at once."""
+        if self.holder(now) == holder:
+            self._held_until = -math.inf
+
+    def least_wait_s(self, now: float) -> float:
+        """Seconds, at least, until an executor takes requests where none does now; 0: unknown."""
+        if not self.holder(now):
+            return 0.0
+        if self._next_ready_at != math.inf:
+            return max(0.0, self._next_ready_at - now)
+        return self._starts_in_s
