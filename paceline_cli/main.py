@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from paceline_cli.autoscaler import app as autoscaler
 from paceline_cli.chat import chat
 from paceline_cli.errors import ExitCode, command_error
 from paceline_cli.fleet import app as fleet
@@ -86,6 +87,7 @@ app.command(rich_help_panel="Talk")(generate)
 app.command(rich_help_panel="Parts")(prepare)
 app.command(rich_help_panel="Parts")(scheduler)
 app.command(rich_help_panel="Parts")(executor)
+app.add_typer(autoscaler, name="autoscaler", rich_help_panel="Parts")
 app.add_typer(fleet, name="fleet", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(health)
 app.command(rich_help_panel="Operate")(replay)

@@ -31,7 +31,7 @@ def scheduler(
     """
     _check_folder(model)
     config = SchedulerConfig(model=model, **settings)
-    _begin("scheduler", log_level, exit_with_parent)
+    begin("scheduler", log_level, exit_with_parent)
     from scheduler_svc.main import serve
 
     with _refusals():
@@ -51,7 +51,7 @@ def executor(
     _check_folder(model)
     config = ExecutorConfig(model=model, **settings)
     _calm_openmp()
-    _begin("executor", log_level, exit_with_parent)
+    begin("executor", log_level, exit_with_parent)
     from executor_svc.main import serve
 
     with _refusals():
@@ -94,7 +94,7 @@ def _prepare_for_parent(source: str) -> None:
     parent.send_report(folder=str(folder.path))
 
 
-def _begin(service: str, log_level: str, exit_with_parent: bool) -> None:
+def begin(service: str, log_level: str, exit_with_parent: bool) -> None:
     """Do what comes first in every service process."""
     from common.logs import configure_logs
 

@@ -7,11 +7,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = ("common", "executor_svc", "paceline", "paceline_cli", "scheduler_svc", "benchmarks", "tests")
-STUBS = {"paceline.v1", "paceline.internal"}
+OURS = ("autoscaler_svc", "common", "executor_svc", "paceline", "paceline_cli", "scheduler_svc", "benchmarks", "tests")
+STUBS = {"externalscaler", "paceline.v1", "paceline.internal"}
 
 # Package -> what it may import beside the standard library and itself. A name covers what is below it.
 ALLOWED = {
+    # What decides: a simulator drives it as it is.
+    "autoscaler_svc/policies": {"autoscaler_svc", "pydantic"},
+    "autoscaler_svc": {
+        "common",
+        "grpc",
+        "kubernetes",
+        "numpy",
+        "prometheus_client",
+        "pydantic",
+        "ray",
+        "structlog",
+        "urllib3",
+        "yaml",
+        *STUBS,
+    },
     "scheduler_svc/core": {"numpy"},
     "scheduler_svc": {
         "common",
@@ -51,6 +66,7 @@ ALLOWED = {
     },
     "client/paceline": {"google", "grpc"},
     "paceline_cli": {
+        "autoscaler_svc",
         "common",
         "executor_svc",
         "google",
@@ -61,6 +77,7 @@ ALLOWED = {
         "scheduler_svc",
         "structlog",
         "typer",
+        "yaml",
     },
     "examples": {"paceline"},
 }

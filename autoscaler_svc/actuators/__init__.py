@@ -1,0 +1,1 @@
+"""Actuators: who starts and ends executor processes for the autoscaler."""

@@ -1,0 +1,28 @@
+"""The actuator that the scaling file names."""
+
+from __future__ import annotations
+
+from autoscaler_svc.actuators.actuator import Actuator, ActuatorError
+from autoscaler_svc.actuators.processes import ProcessActuator
+from autoscaler_svc.scaling_settings import Keda, Kubernetes, Processes, Ray, ScalingSettings
+
+
+def make_actuator(settings: ScalingSettings) -> Actuator | None:
+    """Who acts; None where KEDA does. Libraries that only one of them needs are imported with it.
+
+    Raises `ActuatorError` where such a library is not installed, or the file does not say enough.
+    """
+    match settings.actuator:
+        case Processes(address=""):
+            raise ActuatorError(
+                "the actuator is processes and nothing says where the launcher is; start it with `paceline serve "
+                "--min-executors 0 --max-executors 4`, or name another kind of actuator"
+            )
+        case Processes(address=address):
+            return ProcessActuator(address)
+        case Kubernetes():
+            raise ActuatorError(f"this release has no actuator {settings.actuator.kind}; use processes or keda")
+        case Ray():
+            raise ActuatorError(f"this release has no actuator {settings.actuator.kind}; use processes or keda")
+        case Keda():
+            return None

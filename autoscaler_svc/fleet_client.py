@@ -1,0 +1,88 @@
+"""What the autoscaler asks of the scheduler: the right to act, and to drain an executor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import grpc
+import structlog
+
+from common.grpc_servers import open_channel
+from paceline.v1 import fleet_pb2, fleet_pb2_grpc
+
+log = structlog.get_logger()
+
+_TIMEOUT_S = 2.0
+
+
+class FleetError(Exception):
+    """The scheduler could not be asked, or refused; the message says what and why."""
+
+
+class FleetClient:
+    """One autoscaler, as its scheduler knows it."""
+
+    def __init__(self, scheduler: str, holder_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Ask the scheduler at that address, under that name."""
+        self._channel = open_channel(scheduler)
+        self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
+        self._holder_id = holder_id
+        self._clock = clock
+        self._held_until = 0.0
+        self._told = ""
+
+    @property
+    def may_act(self) -> bool:
+        """Whether this autoscaler has the right to add and remove executors, at this moment."""
+        return self._clock() < self._held_until
+
+    async def renew(self, starting_count: int, next_ready_s: float) -> bool:
+        """Take the right to act or keep it, and tell what is to come; returns whether this autoscaler has it.
+
+        It counts from before the call: what the scheduler counts from is later, and so ends later.
+        """
+        request = fleet_pb2.LeaseScalingRequest(
+            holder_id=self._holder_id,
+            starting_executor_count=starting_count,
+            next_ready_ms=round(next_ready_s * 1000),
+        )
+        asked_at = self._clock()
+        try:
+            response = await self._stub.LeaseScaling(request, timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            self._note(f"{error.code().name}: {error.details()}")
+            return self.may_act
+        self._held_until = asked_at + response.lease_ms / 1000
+        self._note("")
+        return self.may_act
+
+    def _note(self, reason: str) -> None:
+        """Say it once when the right to act cannot be had, and once when it can."""
+        if reason == self._told:
+            return
+        if reason:
+            log.warning("may not act", reason=reason)
+        elif self._told:
+            log.info("may act again")
+        self._told = reason
+
+    async def drain(self, executor_id: str, finish_within_s: float) -> None:
+        """Let an executor finish and go. One that is gone is no error. Raises `FleetError`."""
+        request = fleet_pb2.DrainRequest(executor_id=executor_id, finish_within_s=round(finish_within_s))
+        try:
+            await self._stub.Drain(request, timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise FleetError(f"cannot drain {executor_id}: {error.code().name}: {error.details()}") from error
+
+    async def close(self) -> None:
+        """Give the right to act back, so that nobody has to wait for its end."""
+        if self.may_act:
+            self._held_until = 0.0
+            request = fleet_pb2.LeaseScalingRequest(holder_id=self._holder_id, release=True)
+            try:
+                await self._stub.LeaseScaling(request, timeout=_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                log.info("could not give the right to act back; it ends by itself", reason=error.details())
+        await self._channel.close()

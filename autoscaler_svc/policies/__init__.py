@@ -1,0 +1,1 @@
+"""Policies: how many executors there should be, by one rule each."""

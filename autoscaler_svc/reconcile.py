@@ -1,0 +1,231 @@
+"""What to do now so that there are as many executors as are wanted: by what is there, not by what was done before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autoscaler_svc.actuators.actuator import Launched
+from autoscaler_svc.load import ExecutorLoad, ExecutorState, PoolLoad
+from autoscaler_svc.node_mix import cheapest
+from autoscaler_svc.scaling_settings import NodeType, ScalingSettings
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0
+_DOWN_LIMIT_S = 30.0
+"""For which the process of an executor that has failed may be down before another takes its place."""
+
+_LATE_FACTOR = 3
+_LATE_AT_LEAST_S = 30.0
+_DRAIN_MARGIN_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start an executor."""
+
+    node_type: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Let an executor finish, hand over and go."""
+
+    executor_id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """End what is not needed, has drained, or never became ready."""
+
+    executor_id: str
+    why: str
+
+
+Action = Launch | Drain | Terminate
+
+
+@dataclass(slots=True)
+class Sightings:
+    """What the autoscaler has to have seen itself, because nobody else tells: since when things are as they are.
+
+    All of it may be lost: executors that are stuck are then found out later.
+    """
+
+    began_at: float
+    joined_at: dict[str, float] = field(default_factory=dict)  # last seen in the fleet
+    down_since: dict[str, float] = field(default_factory=dict)  # the process does not run, and has failed
+    draining_since: dict[str, float] = field(default_factory=dict)
+
+    def look(self, now: float, load: PoolLoad, launched: Iterable[Launched]) -> None:
+        """Take in what is there."""
+        here = {one.executor_id for one in launched}
+        fleet = {executor.executor_id: executor for executor in load.executors}
+        for name in here & fleet.keys():
+            self.joined_at[name] = now
+        down = {one.executor_id for one in launched if not one.is_running and one.last_failure}
+        draining = {one.executor_id for one in launched if is_leaving(one, fleet.get(one.executor_id))}
+        for known, present in ((self.joined_at, here), (self.down_since, down), (self.draining_since, draining)):
+            for name in known.keys() - present:
+                del known[name]
+            for name in present - known.keys() if known is not self.joined_at else ():
+                known[name] = now
+
+
+@dataclass(slots=True)
+class Pauses:
+    """When a node type may be tried again, after executors on it failed to start."""
+
+    failure_counts: Counter[str] = field(default_factory=Counter)
+    until: dict[str, float] = field(default_factory=dict)
+
+    def note_failure(self, node_type: str, now: float) -> float:
+        """An executor could not be started, or never became ready; returns the pause in seconds.
+
+        Example: failures in a row pause 5, 10, 20 s, and so on up to 300.
+        """
+        self.failure_counts[node_type] += 1
+        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (min(self.failure_counts[node_type], 16) - 1))
+        self.until[node_type] = now + pause_s
+        return pause_s
+
+    def note_ready(self, node_type: str) -> None:
+        """An executor on it takes requests."""
+        del self.failure_counts[node_type]
+        self.until.pop(node_type, None)
+
+    def holds(self, node_type: str, now: float) -> bool:
+        """Whether it is too early for another try."""
+        return self.until.get(node_type, now) > now
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where every executor is that was launched, or has joined by itself."""
+
+    ready: tuple[Launched, ...]  # take requests
+    starting: tuple[Launched, ...]  # will, in time
+    late: tuple[Launched, ...]  # should have long ago: no capacity, and not given up
+    stuck: tuple[Launched, ...]  # will not
+    leaving: tuple[Launched, ...]  # drain, or have
+    strangers: tuple[ExecutorLoad, ...]  # take requests, and somebody else started them
+
+    @property
+    def count(self) -> int:
+        """Executors that are there or on their way."""
+        return len(self.ready) + len(self.starting) + len(self.strangers)
+
+
+def is_leaving(one: Launched, executor: ExecutorLoad | None) -> bool:
+    """Whether an executor is drained: by us, or by an operator."""
+    return one.is_retired or (executor is not None and executor.state is ExecutorState.DRAINING)
+
+
+def standing(
+    now: float,
+    load: PoolLoad,
+    launched: Sequence[Launched],
+    sightings: Sightings,
+    settings: ScalingSettings,
+    startup_s: float,
+) -> Standing:
+    """Where everybody is `now`; `sightings` have looked at the same."""
+    fleet = {executor.executor_id: executor for executor in load.executors}
+    is_over = now - sightings.began_at > _LATE_AT_LEAST_S  # before it this autoscaler knows too little
+    groups: dict[str, list[Launched]] = {name: [] for name in ("ready", "starting", "late", "stuck", "leaving")}
+    late_after_s = max(_LATE_AT_LEAST_S, _LATE_FACTOR * startup_s) if startup_s else settings.times.startup_limit_s
+    for one in launched:
+        executor = fleet.get(one.executor_id)
+        launched_at = max(now - one.age_s, sightings.joined_at.get(one.executor_id, now - one.age_s))
+        waited_s = now - launched_at
+        down_s = now - sightings.down_since.get(one.executor_id, now)
+        if is_leaving(one, executor):
+            groups["leaving"].append(one)
+        elif executor is not None and executor.state is ExecutorState.READY:
+            groups["ready"].append(one)
+        elif down_s > _DOWN_LIMIT_S or (is_over and waited_s > settings.times.startup_limit_s):
+            groups["stuck"].append(one)
+        else:
+            groups["late" if waited_s > late_after_s else "starting"].append(one)
+    names = {one.executor_id for one in launched}
+    strangers = tuple(executor for executor in load.ready if executor.executor_id not in names)
+    return Standing(**{name: tuple(members) for name, members in groups.items()}, strangers=strangers)
+
+
+def actions(
+    now: float,
+    wanted: int,
+    load: PoolLoad,
+    there: Standing,
+    sightings: Sightings,
+    pauses: Pauses,
+    settings: ScalingSettings,
+) -> list[Action]:
+    """What to do `now`. Doing it twice does no harm, and what fails is found out with the next look."""
+    doing: list[Action] = [
+        Terminate(one.executor_id, f"never became ready{f': {one.last_failure}' if one.last_failure else ''}")
+        for one in there.stuck
+    ]
+    doing += _see_off(now, load, there, sightings, settings)
+    if there.count < wanted:
+        doing += _launch(now, wanted - there.count, there, pauses, settings)
+    elif there.count > wanted:
+        doing += _take_away(there.count - wanted, load, there, settings)
+    return doing
+
+
+def _see_off(
+    now: float, load: PoolLoad, there: Standing, sightings: Sightings, settings: ScalingSettings
+) -> Iterable[Action]:
+    """Finish what was begun with those that leave, whoever began it."""
+    fleet = {executor.executor_id: executor for executor in load.executors}
+    limit_s = settings.times.finish_s + _DRAIN_MARGIN_S
+    for one in there.leaving:
+        executor = fleet.get(one.executor_id)
+        if executor is None:
+            yield Terminate(one.executor_id, "has drained")
+        elif executor.state is not ExecutorState.DRAINING:
+            yield Drain(one.executor_id, "was to be drained")
+        elif now - sightings.draining_since.get(one.executor_id, now) > limit_s:
+            yield Terminate(one.executor_id, f"has not drained within {limit_s:g} s; what is left on it moves")
+
+
+def _launch(now: float, missing: int, there: Standing, pauses: Pauses, settings: ScalingSettings) -> Iterable[Action]:
+    """Start what is missing, at the least cost. Who is late or stuck is no capacity, and still takes a place."""
+    taken = Counter(one.node_type for group in (there.ready, there.starting, there.late, there.stuck) for one in group)
+    room = settings.executors.max - sum(taken.values()) - len(there.strangers)
+    open_types = [node_type for node_type in settings.kinds_of_nodes if not pauses.holds(node_type.name, now)]
+    chosen = cheapest(missing, open_types, taken)
+    for node_type in list(chosen.elements())[: max(0, room)]:
+        yield Launch(node_type, f"{there.count + missing} wanted, {there.count} there")
+
+
+def _take_away(surplus: int, load: PoolLoad, there: Standing, settings: ScalingSettings) -> Iterable[Action]:
+    """Give up those that have not started yet, the youngest first; then drain those with the least to lose."""
+    why = f"{there.count - surplus} wanted, {there.count} there"
+    for one in sorted(there.starting, key=lambda one: (one.age_s, one.executor_id))[:surplus]:
+        yield Terminate(one.executor_id, why)
+        surplus -= 1
+    fleet = {executor.executor_id: executor for executor in load.executors}
+    prices = {node_type.name: node_type for node_type in settings.kinds_of_nodes}
+    by_loss = sorted(there.ready, key=lambda one: _loss(one, fleet[one.executor_id], prices))
+    for one in by_loss[:surplus]:
+        executor = fleet[one.executor_id]
+        yield Drain(
+            one.executor_id,
+            f"{why}; least to lose: {executor.running_token_count} tokens of {executor.running_request_count} "
+            f"requests, {executor.useful_token_count} that others may reuse",
+        )
+
+
+def _loss(one: Launched, executor: ExecutorLoad, prices: Mapping[str, NodeType]) -> tuple[float, float, str]:
+    """What goes with an executor: the seconds of computing again, for the money that it saves; the dearest of equals.
+
+    Example: 1,000 tokens at 1 ms on a node for 2.0 an hour weigh as much as 500 on one for 1.0.
+    """
+    seconds = (executor.running_token_count + executor.useful_token_count) * (executor.token_us or 1.0) / 1e6
+    node_type = prices.get(one.node_type)
+    price = node_type.price_per_hour if node_type else 0.0
+    return (seconds / price if price else seconds), -price, one.executor_id
