@@ -16,6 +16,9 @@ from paceline_cli.supervisor import ChildCommand
 from scheduler_svc import config as scheduler_config
 from scheduler_svc.config import SchedulerConfig
 
+LEAVING_S = 5.0
+"""Children keep to their drain time-out themselves; this is for what comes after it."""
+
 _CPU_CACHE_LIMIT = 4 << 30  # as of one executor alone: what all of them together take by default
 
 
@@ -60,7 +63,7 @@ def scheduler_child(
 def executor_children(
     folder: str, sockets: Path, count: int, settings: Settings, machine: Machine, more_words: Sequence[str] = ()
 ) -> list[ChildCommand]:
-    """`count` executors that share the cores and the GPUs of this machine."""
+    """`count` executors that share the cores and the GPUs of this machine, whether all of them are started or not."""
     children = []
     for index in range(count):
         name = f"executor-{index}"
@@ -72,8 +75,17 @@ def executor_children(
             executor_id=name,
             **shared,
         )
-        children.append(ChildCommand(name, paceline_command("executor", folder, *flags_for(config), *more_words)))
+        command = paceline_command("executor", folder, *flags_for(config), *more_words)
+        children.append(ChildCommand(name, command, end_within_s=config.drain_timeout_s + LEAVING_S))
     return children
+
+
+def autoscaler_child(scaling_file: Path, sockets: Path, more_words: Sequence[str] = ()) -> ChildCommand:
+    """The autoscaler: it asks the scheduler how much there is to do, and the launcher for executors."""
+    addresses = ("--scheduler", scheduler_socket(sockets), "--launcher", launcher_socket(sockets))
+    no_metrics = ("--metrics-port", "0")  # PACELINE_METRICS_PORT, which it would inherit, is the scheduler's
+    command = paceline_command("autoscaler", "run", str(scaling_file), *addresses, *no_metrics, *more_words)
+    return ChildCommand("autoscaler", command)
 
 
 def check_settings(model: str, settings: Settings) -> None:
@@ -85,6 +97,11 @@ def check_settings(model: str, settings: Settings) -> None:
 def scheduler_socket(sockets: Path) -> str:
     """Where the scheduler listens for the executors of this machine."""
     return f"unix:{sockets}/scheduler.sock"
+
+
+def launcher_socket(sockets: Path) -> str:
+    """Where the autoscaler of this machine asks for executors."""
+    return f"unix:{sockets}/launcher.sock"
 
 
 def _share(index: int, count: int, settings: Settings, machine: Machine) -> Settings:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from paceline_cli.scaling import ExecutorRange
+
 _DEFAULT_PORT = ":50051"
 
 
@@ -15,21 +17,23 @@ class ServedModel:
     """What is served, for people."""
 
     name: str
-    context_length: int
+    context_length: int  # 0: not known before the first executor
     executor_count: int
     has_chat_template: bool
 
 
 class ReadinessProbe:
-    """Asks the scheduler whether an executor has joined."""
+    """Asks the scheduler whether it serves and enough executors have joined."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, least_count: int = 1) -> None:
+        """Ask at `address`. With a `least_count` of 0 a scheduler without executors will do: requests wait for one."""
         import grpc
 
         from paceline.v1.inference_pb2_grpc import InferenceServiceStub
 
         # The server is expected any moment: look for it often.
         options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 300)]
+        self._least_count = min(1, least_count)  # the first one makes it ready; the others may come later
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -49,15 +53,19 @@ class ReadinessProbe:
             model = self._stub.GetModel(GetModelRequest(), timeout=timeout_s).model
         except grpc.RpcError:
             return None
-        if not model.executor_count:
+        if model.executor_count < self._least_count:
             return None
         return ServedModel(model.name, model.context_length, model.executor_count, model.has_chat_template)
 
 
-def print_ready(console: Console, served: ServedModel, address: str, wanted_count: int) -> None:
+def print_ready(console: Console, served: ServedModel, address: str, wanted: ExecutorRange) -> None:
     """One line with the address, then how to talk to it."""
-    executors = "1 executor" if wanted_count == 1 else f"{served.executor_count} of {wanted_count} executors"
-    facts = f"{served.name} · {served.context_length:,} tokens of context · {executors}"
+    context = [f"{served.context_length:,} tokens of context"] if served.context_length else []
+    if wanted.is_fixed:
+        executors = str(wanted) if wanted.max_count == 1 else f"{served.executor_count} of {wanted}"
+    else:
+        executors = f"{wanted}, {served.executor_count} now"
+    facts = " · ".join([served.name, *context, executors])
     console.print(f"[bold green]Paceline is ready at {address}[/]  [dim]{escape(facts)}[/]")
     server = "" if address.endswith(_DEFAULT_PORT) else f" --server {address}"
     verb = "chat" if served.has_chat_template else "generate 'The capital of France is'"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -16,9 +18,12 @@ from executor_svc.config import ExecutorConfig
 from paceline_cli import terminal
 from paceline_cli.addresses import dial_address, listen_address, reserve_port, socket_folder
 from paceline_cli.children import (
+    LEAVING_S,
     Machine,
+    autoscaler_child,
     check_settings,
     executor_children,
+    launcher_socket,
     paceline_command,
     scheduler_child,
     scheduler_socket,
@@ -28,14 +33,18 @@ from paceline_cli.demo import run_demo
 from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.flags import LogLevel, flag, model_argument
 from paceline_cli.readiness import ReadinessProbe, ServedModel, print_ready
+from paceline_cli.scaling import MOST_EXECUTORS, ExecutorRange, executor_range
 from paceline_cli.supervisor import Child, ChildCommand, Supervisor
 from scheduler_svc.config import SchedulerConfig
 
 _WATCH_S = 0.1
-_DRAIN_MARGIN_S = 5.0  # the children keep to the drain time-out themselves; this is for leaving
 _GIVE_UP_DRAIN_S = 2.0
 
 _WIRED_HERE = ("listen", "scheduler", "advertise", "executor_id")
+
+
+def _executor_count(name: str, text: str, least: int = 1) -> Any:
+    return flag(name, text, metavar="N", min=least, max=MOST_EXECUTORS)
 
 
 @takes_settings(SchedulerConfig, ExecutorConfig, without=_WIRED_HERE)
@@ -53,8 +62,17 @@ def serve(
         flag("--port", "Port; 0 picks a free one.", envvar="PACELINE_SERVE_PORT", metavar="PORT", min=0, max=65535),
     ] = 50051,
     executors: Annotated[
-        int, flag("--executors", "Executors to run; they share the machine.", metavar="N", min=1, max=64)
-    ] = 1,
+        int | None, _executor_count("--executors", "Executors to run, 1 by default; they share the machine.")
+    ] = None,
+    min_executors: Annotated[
+        int | None, _executor_count("--min-executors", "Fewest executors; more come and go with the load.", least=0)
+    ] = None,
+    max_executors: Annotated[
+        int | None, _executor_count("--max-executors", "Most executors; the machine is divided by it.")
+    ] = None,
+    scaling: Annotated[
+        Path | None, flag("--scaling", "YAML file that says when executors come and go.", metavar="FILE")
+    ] = None,
     demo: Annotated[bool, flag("--demo", "Stream a sample answer when ready.")] = False,
     log_level: LogLevel = "warning",
     *,
@@ -64,31 +82,44 @@ def serve(
 
     [dim]$[/] paceline serve                              [dim]# SmolLM2-135M, port 50051[/]
     [dim]$[/] paceline serve ./my-model --executors 2 --port 8001
+    [dim]$[/] paceline serve --min-executors 0 --max-executors 4
     [dim]$[/] paceline serve fake --fake-step-us 5000     [dim]# all but the model[/]
     """
+    wanted = executor_range(executors, min_executors, max_executors, scaling)
     _refuse_wrong(model, settings)
-    port = reserve_port(host, port)
-    with StopSignals() as signals, socket_folder() as sockets:
-        screen = ServeScreen(terminal.stderr(), executors)
+    _run(model, wanted, (host, reserve_port(host, port)), demo, ("--log-level", log_level), settings)
+
+
+def _run(
+    model: str, wanted: ExecutorRange, public: tuple[str, int], demo: bool, words: Sequence[str], settings: Settings
+) -> None:
+    """Prepare, start, serve and drain. `public` is the host and port for users, `words` go to every child."""
+    with StopSignals() as signals, socket_folder() as sockets, ExitStack() as until_the_end:
+        screen = ServeScreen(terminal.stderr(), wanted.max_count)
         with terminal.activity(screen.console, f"Preparing {model}") as screen.report_phase:
             folder = model if model == "fake" else _prepared(model, screen, signals)
             screen.report_phase("Starting", 0.0)
-            words = ("--log-level", log_level)
-            children = [
-                scheduler_child(folder, sockets, listen_address(host, port), settings, words),
-                *executor_children(folder, sockets, executors, settings, Machine.here(), words),
-            ]
-            supervisor = Supervisor(children, screen)
+            scheduler = scheduler_child(folder, sockets, listen_address(*public), settings, words)
+            executors = executor_children(folder, sockets, wanted.max_count, settings, Machine.here(), words)
+            if wanted.is_fixed:
+                supervisor = Supervisor([scheduler, *executors], screen)
+            else:
+                from paceline_cli.launcher import launching
+
+                autoscaler = autoscaler_child(wanted.scaling_file_in(sockets), sockets, words)
+                supervisor = Supervisor([scheduler, autoscaler], screen)
+                until_the_end.enter_context(launching(supervisor, executors, launcher_socket(sockets)))
             try:
                 supervisor.start()
-                with ReadinessProbe(scheduler_socket(sockets)) as probe:
+                with ReadinessProbe(scheduler_socket(sockets), wanted.min_count) as probe:
                     served = _wait_until_ready(supervisor, probe, signals)
             except BaseException:
                 supervisor.drain(_GIVE_UP_DRAIN_S)
                 raise
         screen.report_phase = None
         supervisor.ready = True
-        _serve_until_stopped(supervisor, served, dial_address(host, port), demo, screen, signals)
+        _say_ready(served, wanted, dial_address(*public), demo)
+        _watch_until_stopped(supervisor, screen, signals)
         _drain(supervisor, settings["drain_timeout_s"], screen, signals)
 
 
@@ -163,6 +194,10 @@ class ServeScreen:
         """Say that a child died."""
         self.console.print(f"[yellow]{name} {escape(how_it_ended)}; starting it again in {delay_s:.3g} s[/]")
 
+    def gave_up(self, name: str, reason: str) -> None:
+        """Say that an executor that the autoscaler wanted does not run."""
+        self.console.print(f"[red]{escape(reason)}[/]")
+
 
 def readable(line: str) -> str:
     """A child's line as markup: its logs are JSON, because it does not write to a terminal."""
@@ -199,21 +234,23 @@ def _wait_until_ready(supervisor: Supervisor, probe: ReadinessProbe, signals: St
     return served
 
 
-def _serve_until_stopped(
-    supervisor: Supervisor, served: ServedModel, address: str, demo: bool, screen: ServeScreen, signals: StopSignals
-) -> None:
-    """Say that everything is ready and keep it so until a signal comes."""
+def _say_ready(served: ServedModel, wanted: ExecutorRange, address: str, demo: bool) -> None:
+    """Say that requests are taken, and show one if that was asked for."""
     console = terminal.stdout()
-    print_ready(console, served, address, screen.executor_count)
+    print_ready(console, served, address, wanted)
     if demo:
         # Beside the watch, which must go on: an executor may die in the middle of the answer.
         threading.Thread(target=run_demo, args=(console, address, served), name="demo", daemon=True).start()
+
+
+def _watch_until_stopped(supervisor: Supervisor, screen: ServeScreen, signals: StopSignals) -> None:
+    """Keep everything alive until a signal comes."""
     try:
         while not signals.wait(_WATCH_S):
             supervisor.watch()
     except CommandError:
         screen.console.print("[yellow]stopping the others[/]")
-        supervisor.drain(_DRAIN_MARGIN_S)
+        supervisor.drain(LEAVING_S)
         raise
 
 
@@ -224,7 +261,7 @@ def _drain(supervisor: Supervisor, timeout_s: float, screen: ServeScreen, signal
     if screen.console.is_terminal:
         screen.console.print()  # the terminal has just printed ^C
     screen.console.print("Finishing what runs [dim](Ctrl-C again stops at once)[/]")
-    clean = supervisor.drain(timeout_s + _DRAIN_MARGIN_S, hurry=lambda: signals.count > first_count)
+    clean = supervisor.drain(timeout_s + LEAVING_S, hurry=lambda: signals.count > first_count)
     if clean:
         screen.console.print("Stopped")
     elif signals.count > first_count:

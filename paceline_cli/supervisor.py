@@ -1,11 +1,12 @@
 """Keeps child processes alive: starts them, restarts those that die, and ends them in order.
 
 Knows nothing about schedulers and executors. A child is a command; it keeps its addresses because it is always started
-with the same one.
+with the same one. Some children are there from the start and belong together; others are added and ended on demand.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,18 @@ class ChildCommand:
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)  # added to the supervisor's own
+    end_within_s: float = 35.0  # how long it may take to leave when it is terminated; then it is killed
+
+
+@dataclass(frozen=True, slots=True)
+class AddedChild:
+    """A child that was added on demand and is not forgotten, at one moment."""
+
+    name: str
+    age_s: float  # since it was added, deaths and restarts of its process included
+    is_running: bool
+    is_retired: bool
+    last_failure: str  # how its process ended last, or why it is not started again; "": it never ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,13 @@ class SupervisorObserver(Protocol):
     def restarting(self, name: str, how_it_ended: str, delay_s: float) -> None:
         """A child died and will be started again."""
 
+    def gave_up(self, name: str, reason: str) -> None:
+        """A child that was added on demand cannot be kept alive; it stays as it is until it is terminated."""
+
+
+class DrainingError(Exception):
+    """No child can be added any more: the supervisor ends those that it has."""
+
 
 class ChildFailedError(CommandError):
     """A child cannot be kept alive."""
@@ -79,8 +99,15 @@ class ChildFailedError(CommandError):
 class Child:
     """One child process, and after its death the next one in its place."""
 
-    def __init__(self, command: ChildCommand, observer: SupervisorObserver) -> None:
+    def __init__(self, command: ChildCommand, observer: SupervisorObserver, *, is_added: bool = False) -> None:
         self.name = command.name
+        self.is_added = is_added  # came on demand: the others go on when it cannot be kept alive
+        self.is_retired = False  # not started again; forgotten when its process has ended
+        self.is_given_up = False  # not started again; listed until somebody ends it
+        self.kill_at = math.inf  # when its time to leave is over; finite once it was terminated
+        self.last_failure = ""
+        self.created_at = time.monotonic()
+        self.end_within_s = command.end_within_s
         self.quick_death_count = 0  # deaths in a row, each before it had settled
         self.start_at = 0.0  # when to start it again; meaningful while it does not run
         self.started_at = 0.0
@@ -142,7 +169,10 @@ class Child:
 
 
 class Supervisor:
-    """Child processes that belong together: they start, stay alive and end as one."""
+    """Child processes that belong together: they start, stay alive and end as one.
+
+    One thread starts, watches and drains. `add`, `retire`, `terminate` and `added` may be called from others.
+    """
 
     def __init__(
         self,
@@ -153,29 +183,83 @@ class Supervisor:
         self.ready = False  # from then on neither a kill from outside nor a drain is a reason to give a child up
         self._policy = policy or RestartPolicy()
         self._observer = observer
+        self._lock = threading.Lock()  # held to look at the children or to change them, never to wait for one to end
+        self._draining = False  # once true, no process is started any more
         self._children = [Child(command, observer) for command in commands]
 
     @property
     def pids(self) -> dict[str, int | None]:
         """Process id of each child by name; None while it waits to be started again."""
-        return {child.name: child.pid for child in self._children}
+        with self._lock:
+            return {child.name: child.pid for child in self._children}
+
+    @property
+    def added(self) -> list[AddedChild]:
+        """The children that were added and are not forgotten, in the order in which they came."""
+        now = time.monotonic()
+        with self._lock:
+            return [
+                AddedChild(
+                    child.name, now - child.created_at, child.pid is not None, child.is_retired, child.last_failure
+                )
+                for child in self._children
+                if child.is_added
+            ]
 
     def start(self) -> None:
         """Start every child."""
         for child in self._children:
             child.start()
 
+    def add(self, command: ChildCommand) -> None:
+        """Start one more child, whose name is free.
+
+        It is kept alive like the others, but when that fails they go on without it: it is listed with its last failure
+        until it is terminated. Raises `DrainingError`, and `OSError` when no process can be made.
+        """
+        child = Child(command, self._observer, is_added=True)
+        with self._lock:
+            if self._draining:
+                raise DrainingError(f"{command.name} is not started: everything is about to end")
+            assert all(other.name != command.name for other in self._children), f"{command.name} is there already"
+            child.start()
+            self._children.append(child)
+
+    def retire(self, name: str) -> None:
+        """Let an added child end in its own time: its process is not started again, and then the child is forgotten.
+
+        A name that is gone changes nothing.
+        """
+        with self._lock:
+            if child := self._find_added(name):
+                child.is_retired = True
+                self._forget_if_over(child)
+
+    def terminate(self, name: str) -> None:
+        """Ask an added child to end, and forget it when it has; one that stays too long is killed.
+
+        A name that is gone, or a second call, changes nothing.
+        """
+        with self._lock:
+            if (child := self._find_added(name)) and child.kill_at == math.inf:
+                child.kill_at = time.monotonic() + child.end_within_s
+                child.signal(signal.SIGTERM)
+                self._forget_if_over(child)
+
     def watch(self) -> None:
         """Look at every child once: note who died, start whose time has come. Call it again and again.
 
-        Raises `ChildFailedError` when a child cannot be kept alive.
+        Raises `ChildFailedError` when a child that was there from the start cannot be kept alive.
         """
         now = time.monotonic()
-        for child in self._children:
-            if (code := child.reap()) is not None:
-                self._note_death(child, code, now)
-            elif child.pid is None and now >= child.start_at:
-                child.start()
+        with self._lock:
+            for child in [] if self._draining else list(self._children):
+                if (code := child.reap()) is not None:
+                    self._note_death(child, code, now)
+                elif now >= child.kill_at:
+                    child.signal(signal.SIGKILL)
+                elif child.pid is None and not child.is_given_up and now >= child.start_at:
+                    self._start_again(child, now)
 
     def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Ask the children to finish and wait until they have; kill what is left after `timeout_s`, or on `hurry`.
@@ -183,7 +267,9 @@ class Supervisor:
         The first child is asked first, because it needs the others to finish its work. When it is gone they have
         nothing left to do, and a moment to leave. Returns whether the first ended by itself.
         """
-        first, others = self._children[:1], self._children[1:]
+        with self._lock:
+            self._draining = True
+            first, others = self._children[:1], self._children[1:]
         finished = self._end(first, time.monotonic() + timeout_s, hurry)
         if finished:
             self._end(others, time.monotonic() + _MOMENT_S, hurry)
@@ -192,9 +278,8 @@ class Supervisor:
 
     def _end(self, children: Sequence[Child], deadline: float, hurry: Callable[[], bool]) -> bool:
         """Ask `children` to end; whether they did in time."""
-        for child in children:
-            child.signal(signal.SIGTERM)
-        while any(self._is_alive(child) for child in children):
+        self._signal(children, signal.SIGTERM)
+        while self._any_alive(children):
             if time.monotonic() >= deadline or hurry():
                 return False
             time.sleep(_POLL_S)
@@ -202,30 +287,76 @@ class Supervisor:
 
     def kill(self) -> None:
         """End the children now."""
-        for child in self._children:
-            child.signal(signal.SIGKILL)
-        while any(self._is_alive(child) for child in self._children):
+        with self._lock:
+            self._draining = True
+            children = list(self._children)
+        self._signal(children, signal.SIGKILL)
+        while self._any_alive(children):
             time.sleep(_POLL_S)
 
-    @staticmethod
-    def _is_alive(child: Child) -> bool:
-        child.reap()
-        return child.pid is not None
+    def _signal(self, children: Sequence[Child], number: signal.Signals) -> None:
+        with self._lock:
+            for child in children:
+                child.signal(number)
+
+    def _any_alive(self, children: Sequence[Child]) -> bool:
+        with self._lock:
+            for child in children:
+                child.reap()
+            return any(child.pid is not None for child in children)
+
+    def _find_added(self, name: str) -> Child | None:
+        """The child of that name; None when it is gone, or was there from the start and is not to be ended alone."""
+        return next((child for child in self._children if child.is_added and child.name == name), None)
+
+    def _forget_if_over(self, child: Child) -> bool:
+        """Forget a child that has ended and was to; whether it was so."""
+        over = child.pid is None and (child.is_retired or child.kill_at < math.inf)
+        if over:
+            self._children.remove(child)
+        return over
+
+    def _start_again(self, child: Child, now: float) -> None:
+        """Start a child after its death."""
+        try:
+            child.start()
+        except OSError as error:
+            if not child.is_added:
+                raise
+            self._plan_restart(child, f"could not be started: {error}", now, may_give_up=True)
 
     def _note_death(self, child: Child, code: int, now: float) -> None:
-        """Plan the restart of a child that died, or give it up."""
+        """Plan the restart of a child that died, give it up, or forget it."""
+        if self._forget_if_over(child):
+            return
         settled = now - child.started_at >= self._policy.settled_after_s
-        child.quick_death_count = 1 if settled else child.quick_death_count + 1
+        if settled:
+            child.quick_death_count = 0
         ended = _how_it_ended(code)
         if code == ExitCode.USAGE:
-            raise ChildFailedError(child.name, ended, list(child.last_lines))
+            self._give_up(child, ended)
+            return
         asked = code in (0, -signal.SIGKILL, -signal.SIGTERM) and self.ready  # drained, or killed from outside
-        if child.quick_death_count >= self._policy.quick_death_limit and not asked:
-            ended = f"died {child.quick_death_count} times in a row; the last time it {ended}"
-            raise ChildFailedError(child.name, ended, list(child.last_lines))
+        self._plan_restart(child, ended, now, may_give_up=not asked)
+
+    def _plan_restart(self, child: Child, ended: str, now: float, *, may_give_up: bool) -> None:
+        child.quick_death_count += 1
+        if child.quick_death_count >= self._policy.quick_death_limit and may_give_up:
+            self._give_up(child, f"died {child.quick_death_count} times in a row; the last time it {ended}")
+            return
         delay = self._policy.delay_s(child.quick_death_count)
         child.start_at = now + delay
+        child.last_failure = ended
         self._observer.restarting(child.name, ended, delay)
+
+    def _give_up(self, child: Child, ended: str) -> None:
+        """Start a child no more. Raises `ChildFailedError` unless it was added: the others cannot do without it."""
+        failure = ChildFailedError(child.name, ended, list(child.last_lines))
+        if not child.is_added:
+            raise failure
+        child.is_given_up = True
+        child.last_failure = failure.message
+        self._observer.gave_up(child.name, failure.message)
 
 
 def _how_it_ended(code: int) -> str:

@@ -50,6 +50,7 @@ class Recorder:
         self.lines: list[tuple[str, str]] = []
         self.reports: list[tuple[str, dict[str, Any]]] = []
         self.restarts: list[tuple[str, str, float]] = []
+        self.given_up: list[tuple[str, str]] = []
 
     def said(self, name: str, line: str) -> None:
         with self._lock:
@@ -61,6 +62,9 @@ class Recorder:
 
     def restarting(self, name: str, how_it_ended: str, delay_s: float) -> None:
         self.restarts.append((name, how_it_ended, delay_s))
+
+    def gave_up(self, name: str, reason: str) -> None:
+        self.given_up.append((name, reason))
 
 
 @pytest.fixture

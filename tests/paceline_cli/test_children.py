@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paceline_cli.children import Machine, executor_children, scheduler_child
+from paceline_cli.children import Machine, autoscaler_child, executor_children, scheduler_child
 from paceline_cli.serve import readable
 
 MEMORY = 8 << 30
@@ -41,6 +41,23 @@ def test_executors_join_the_scheduler_where_it_listens():
     assert flag_of(first, "--executor-id") == "executor-0"
     assert flag_of(scheduler, "--lease") == "2.0"
     assert flag_of(first, "--max-num-seqs") == "8"
+
+
+def test_the_autoscaler_finds_the_scheduler_and_the_launcher():
+    """It owns no process and knows no machine: everything it does goes through the two."""
+    command = autoscaler_child(Path("/run/x/scaling.yaml"), Path("/run/x")).command
+
+    assert command[command.index("autoscaler") :][:3] == ("autoscaler", "run", "/run/x/scaling.yaml")
+    assert flag_of(command, "--scheduler") == "unix:/run/x/scheduler.sock"
+    assert flag_of(command, "--launcher") == "unix:/run/x/launcher.sock"
+    assert command[-1] == "--exit-with-parent"
+
+
+def test_an_executor_may_finish_what_runs_before_it_is_killed():
+    """Its own drain time-out comes first."""
+    (child,) = executor_children("fake", Path("/run/x"), 1, SETTINGS | {"drain_timeout_s": 7.0}, Machine(8, 0, MEMORY))
+
+    assert child.end_within_s > 7.0
 
 
 def test_several_executors_share_the_memory_that_one_would_take():
