@@ -122,7 +122,7 @@ class Autoscaler:
         await self._list()
         there = self._stand(load)
         self._seen.add(self._observe(load, there))
-        decision = decide(self._clock(), self._seen, self.settings, tuple(self._changes))
+        decision = decide(self._seen.last.at, self._seen, self.settings, tuple(self._changes))
         self._note(decision)
         await self._fleet.renew(len(there.starting), self._next_ready_s(there))
         if self._actuator is not None and self._fleet.may_act:
