@@ -1,0 +1,92 @@
+"""The number of executors follows the load: real processes, real servers, no model."""
+
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from paceline import Client, TimedOut
+from tests.paceline_cli.conftest import wait_until
+from tests.paceline_cli.test_serve import Served
+
+FILE = """
+executors: {min: 0, max: 3}
+policies: [{kind: threshold, target: 4, down_window: 1s}]
+cooldowns: {down: 1s, zero: 2s}
+times: {interval: 200ms, finish: 0}
+"""
+SERVE = ("--fake-step-us", "20000", "--log-level", "info", "--drain-timeout", "2")
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Scheduler, autoscaler, and no executor."""
+    file = tmp_path / "scaling.yaml"
+    file.write_text(FILE)
+    running = Served(tmp_path / "printed", "--scaling", str(file), *SERVE)
+    yield running
+    running.process.terminate()
+    running.process.wait(60)
+
+
+def decisions(served: Served) -> list[int]:
+    """What was wanted, decision by decision, as the log has it."""
+    return [int(wanted) for wanted in re.findall(r"decided wanted=(\d+)", served.printed)]
+
+
+def count_of(client: Client) -> int:
+    """Executors that are attached."""
+    return client.model().executor_count
+
+
+def ask(client: Client, number: int, token_count: int = 100) -> int:
+    """One request; the tokens that came."""
+    return len(client.generate(f"request {number}", max_output_tokens=token_count, stream=False).token_ids)
+
+
+def test_executors_come_with_the_load_and_go_with_it_and_no_request_fails(served):
+    """The promise: from none to the limit and back to none, with every answer whole and every decision in the log."""
+    with Client(served.address) as client, ThreadPoolExecutor(32) as people:
+        assert count_of(client) == 0
+        assert ask(client, 0, 8) == 8  # held until the first one is there
+        answers = [people.submit(ask, client, number) for number in range(24)]
+        wait_until(lambda: count_of(client) == 3)
+        assert [answer.result() for answer in answers] == [100] * 24
+        trickle = [people.submit(ask, client, number, 200) for number in range(3)]
+        wait_until(lambda: count_of(client) == 1)  # those who ran elsewhere have moved
+        assert [answer.result() for answer in trickle] == [200] * 3
+        wait_until(lambda: count_of(client) == 0)
+        assert ask(client, 99, 8) == 8
+
+    wanted = decisions(served)
+    assert wanted[0] == 0
+    assert max(wanted) == 3
+    assert "threshold requests wants" in served.printed
+    assert "least to lose" in served.printed
+    assert "Traceback" not in served.printed
+    assert "executor lost" not in served.printed
+
+
+def test_an_autoscaler_that_dies_changes_nothing_until_it_is_back(served):
+    """It owns no process and no request: whoever runs goes on, whoever comes later is served later."""
+    with Client(served.address) as client, ThreadPoolExecutor(8) as people:
+        answers = [people.submit(ask, client, number, 150) for number in range(6)]
+        wait_until(lambda: count_of(client) == 2)
+        victim = next(pid for pid in served.child_pids() if " autoscaler " in served.command_of(pid))
+        os.kill(victim, signal.SIGKILL)
+
+        assert [answer.result() for answer in answers] == [150] * 6
+        wait_until(lambda: count_of(client) == 0)  # the next one goes on where it was
+        assert ask(client, 9, 8) == 8
+    assert "Traceback" not in served.printed
+
+
+def test_a_deadline_before_the_next_start_is_told_at_once(served):
+    """Once a start was seen, nobody waits for one that cannot be in time."""
+    with Client(served.address) as client:
+        ask(client, 0, 4)
+        wait_until(lambda: count_of(client) == 0)
+        with pytest.raises(TimedOut, match="no executor is there and the next one takes requests in"):
+            client.generate("too late", max_output_tokens=4, stream=False, timeout_s=0.3)
