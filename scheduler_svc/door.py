@@ -44,7 +44,7 @@ class Door:
     ) -> None:
         """Stand before `model_name`; `defaults` are the sampling parameters of its generation_config.json."""
         self._config = config
-        self._model_name = model_name
+        self.model_name = model_name
         self._tokenizer = tokenizer
         self._defaults = sampling_defaults(defaults)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
@@ -62,10 +62,10 @@ class Door:
             raise RefusedError(
                 grpc.StatusCode.UNAVAILABLE, "no executor has joined yet; retry with backoff until one is ready"
             )
-        if message.model and message.model != self._model_name:
+        if message.model and message.model != self.model_name:
             raise RefusedError(
                 grpc.StatusCode.NOT_FOUND,
-                f"model '{shown(message.model)}' is not served here; this server has '{self._model_name}'",
+                f"model '{shown(message.model)}' is not served here; this server has '{self.model_name}'",
             )
         sampling = self._sampling(message.sampling)
         _check_stops(message.stopping.stop)
@@ -106,7 +106,7 @@ class Door:
             else:
                 token_ids = array("I", message.token_ids.ids)
         except ChatTemplateError as error:
-            raise invalid(f"the chat template of '{self._model_name}' refuses these messages: {error}") from error
+            raise invalid(f"the chat template of '{self.model_name}' refuses these messages: {error}") from error
         stops = tuple(message.stopping.stop)
         return token_ids, [TextStream(self._tokenizer, stops) for _ in range(message.choice_count or 1)]
 
@@ -129,7 +129,7 @@ class Door:
 
     def _check_chat(self, chat: pb.ChatMessages) -> None:
         if not self._tokenizer.has_chat_template:
-            raise invalid(f"model '{self._model_name}' has no chat template; send text or token_ids instead of chat")
+            raise invalid(f"model '{self.model_name}' has no chat template; send text or token_ids instead of chat")
         if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
             raise invalid(f"chat has {len(chat.messages)} messages, must have 1 to {MAX_CHAT_MESSAGES}")
         for position, message in enumerate(chat.messages):

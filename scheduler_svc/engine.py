@@ -148,7 +148,7 @@ class Engine:
 
     def oldest_waiting_at(self) -> float | None:
         """When the one that waits longest of those who wait was accepted; None: nobody waits."""
-        for request in self._streams:  # in the order in which they were accepted
+        for request in list(self._streams):  # in the order in which they were accepted
             if request.state is RequestState.WAITING and not request.is_unforked:
                 return self._answer_of(request).accepted_at
         return None

@@ -15,7 +15,8 @@ from scheduler_svc.load_meter import LatencyMeter, LoadWatcher
 def load_of(model: str, fleet: Fleet, engine: Engine, watcher: LoadWatcher) -> fleet_pb2.WatchLoadResponse:
     """What there is to do now for the executors of `fleet`, and what was since the beginning."""
     now, scheduler, meter = time.monotonic(), engine.scheduler, engine.meter
-    taking = [executor for executor in scheduler.executors.values() if not executor.draining]
+    executors = list(scheduler.executors.values())
+    taking = [executor for executor in executors if not executor.draining]
     backlog = load.backlog(scheduler)
     oldest_at = engine.oldest_waiting_at()
     prompt_count, output_count = meter.mean_lengths
@@ -26,8 +27,8 @@ def load_of(model: str, fleet: Fleet, engine: Engine, watcher: LoadWatcher) -> f
         waiting_request_count=scheduler.waiting_count + meter.at_door_count,
         waiting_token_count=scheduler.waiting_token_count,
         oldest_waiting_ms=0 if oldest_at is None else max(0, round(1000 * (now - oldest_at))),
-        running_request_count=sum(len(executor.running) for executor in scheduler.executors.values()),
-        running_token_count=sum(load.running_token_count(executor) for executor in scheduler.executors.values()),
+        running_request_count=sum(len(executor.running) for executor in executors),
+        running_token_count=sum(load.running_token_count(executor) for executor in executors),
         backlog_token_count=backlog.token_count,
         backlog_ms=min(2**32 - 1, round(1000 * backlog.seconds)),
         block_count=sum(executor.capacity.block_count for executor in taking),

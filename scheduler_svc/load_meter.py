@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Limits between which times are counted: from a fast step to a queue that nobody waits out."""
 
 _WINDOW_S = 60.0
 _KEPT = 4096
@@ -21,19 +26,25 @@ class LatencyMeter:
     count: int = 0
     sum_s: float = 0.0
     _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))  # (when, how long)
+    _bucket_counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
 
     def note(self, now: float, seconds: float) -> None:
         """It took somebody so long."""
         self.count += 1
         self.sum_s += seconds
         self._recent.append((now, seconds))
+        self._bucket_counts[bisect.bisect_left(BUCKETS_S, seconds)] += 1
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """For each limit in seconds, how many took no longer, since the beginning."""
+        return list(zip(BUCKETS_S, itertools.accumulate(self._bucket_counts), strict=False))
 
     def quantiles(self, now: float, *shares: float) -> list[float]:
         """The quantiles of the last minute; zeros where there was nobody.
 
         Example: of the times 1, 2, 3 and 4 the half is 3: the least that more than half of them are below or at.
         """
-        times = sorted(seconds for at, seconds in self._recent if at >= now - _WINDOW_S)
+        times = sorted(seconds for at, seconds in list(self._recent) if at >= now - _WINDOW_S)
         return [times[min(len(times) - 1, int(share * len(times)))] if times else 0.0 for share in shares]
 
 

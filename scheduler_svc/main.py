@@ -23,6 +23,8 @@ from scheduler_svc.fleet import Fleet
 from scheduler_svc.fleet_service import FleetService
 from scheduler_svc.journal.journal import Durability, Journal
 from scheduler_svc.journal.restored import Restored
+from scheduler_svc.load import load_of
+from scheduler_svc.load_meter import LoadWatcher
 from scheduler_svc.metrics import SchedulerMetrics
 from scheduler_svc.recorder import Recorder, answer_of, owner_of
 from scheduler_svc.refuse_malformed import RefuseMalformed
@@ -100,6 +102,16 @@ class SchedulerApp:
         self.journal.shed = self.engine.answers.forget_oldest
         self.journal.on_change = self._tell_health
 
+    def metrics(self) -> SchedulerMetrics:
+        """What Prometheus is told."""
+        nobody = LoadWatcher()
+        return SchedulerMetrics(
+            lambda: load_of(self.door.model_name, self.fleet, self.engine, nobody),
+            lambda: self.engine.scheduler.request_count,
+            self.engine.meter,
+            self.journal,
+        )
+
     def _restore(self) -> None:
         """Go on where an earlier life left off."""
         restored = self.journal.restored
@@ -171,7 +183,7 @@ async def _serve(
     app = SchedulerApp(config, model_name, fingerprint, tokenizer, defaults)
     addresses = await app.start()
     if config.metrics_port:
-        serve_metrics(config.metrics_port, SchedulerMetrics(app.engine.scheduler, app.journal))
+        serve_metrics(config.metrics_port, app.metrics())
     log.info("scheduler ready", addresses=addresses, model=model_name)
     await app.run(stopping)
     return 1 if app.engine.is_fenced.is_set() else 0

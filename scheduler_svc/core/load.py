@@ -1,4 +1,7 @@
-"""How much there is to do, and to do it with, read off a scheduler: what an autoscaler goes by."""
+"""How much there is to do, and to do it with, read off a scheduler: what an autoscaler goes by.
+
+May be read from another thread: what is walked over is copied first, in one go.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def tokens_per_s(executor: Executor) -> float:
 
 def running_token_count(executor: Executor) -> int:
     """Tokens in the cache that requests hold, shared ones counted for each."""
-    known = sum(len(request.token_ids) for request in executor.running)
+    known = sum(len(request.token_ids) for request in list(executor.running))
     return max(0, known - executor.backlog_count)
 
 

@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from paceline.v1 import fleet_pb2, inference_pb2
 from scheduler_svc.journal.errors import JournalError
 from scheduler_svc.journal.store import Store
-from scheduler_svc.metrics import SchedulerMetrics
 from tests.scheduler_svc.test_service import expected_text, status_of
 from tests.system import FAST, request, started, until
 
@@ -233,7 +232,7 @@ async def test_drain_lets_an_executor_go_and_nobody_notices(finish_within_s):
 def durability_metric(system):
     """The state that a scrape says."""
     registry = CollectorRegistry()
-    registry.register(SchedulerMetrics(system.scheduler, system.app.journal))
+    registry.register(system.app.metrics())
     text = generate_latest(registry).decode()
     return re.search(r'^paceline_durability{state="(\w+)"} 1.0$', text, re.MULTILINE)[1].upper()
 

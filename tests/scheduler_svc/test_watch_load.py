@@ -5,6 +5,7 @@ import time
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
 from autoscaler_svc.fleet_client import FleetClient
 from autoscaler_svc.load import ExecutorState
@@ -170,3 +171,24 @@ async def test_a_watch_survives_what_it_watches():
         assert len(load.ready) == 1
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_prometheus_is_told_the_same_figures():
+    """One truth, whichever way it is read."""
+    async with started() as system:
+        assert [message async for message in system.generate(request("hello", 8))]
+        await system.idle()
+        registry = CollectorRegistry()
+        registry.register(system.app.metrics())
+        load = await look(system)
+
+        def value(name, **labels):
+            return registry.get_sample_value(f"paceline_{name}", labels)
+
+        assert value("requests_arrived_total") == load.arrived_request_count == 1
+        assert value("tokens_generated_total") == load.generated_token_count == 8
+        assert value("blocks") == load.block_count == 64
+        assert value("first_token_seconds_count") == load.first_token.count == 1
+        assert value("per_token_seconds_bucket", le="+Inf") == 1
+        assert value("executors", state="ready") == 1
+        assert value("executor_blocks", executor_id="e0") == 64
