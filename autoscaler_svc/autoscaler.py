@@ -165,7 +165,7 @@ class Autoscaler:
         if one.executor_id not in self._restarted:
             self.startup.note(one.age_s)
         self._restarted.add(one.executor_id)
-        log.info("executor ready", executor_id=one.executor_id, age_s=round(one.age_s, 1))
+        log.info("executor ready", executor_id=one.executor_id, age_s=round(one.age_s, 2))
 
     def _observe(self, load: PoolLoad, there: Standing) -> Observation:
         startup_s = self.startup.typical_s or max((e.startup_s for e in load.executors), default=0.0)

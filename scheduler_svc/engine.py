@@ -265,6 +265,7 @@ class Engine:
         """An executor is ready for plans, with what it still has. Raises `ProtocolError` when that makes no sense."""
         outputs = self.scheduler.resume(link.executor_id, capacity, inventory)
         self._links[link.executor_id] = link
+        self.meter.tell_at_once()  # it is what somebody waits for
         if inventory.held:
             running_count = len(self.scheduler.executors[link.executor_id].running)
             log.info(

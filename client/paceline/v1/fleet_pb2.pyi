@@ -612,8 +612,8 @@ class Latency(_message.Message):
     P95_US_FIELD_NUMBER: _builtins.int
     P99_US_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """Counters of this life of the scheduler: how many there were, their sum, and how many were within the target that
-    the call names.
+    """Counters of this life of the scheduler: how many there were, their sum, and, since this call began, how many
+    were within the target that it names.
     """
     sum_us: _builtins.int
     within_target_count: _builtins.int

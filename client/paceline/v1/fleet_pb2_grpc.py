@@ -110,7 +110,7 @@ class FleetServiceServicer:
 
     def WatchLoad(self, request, context):
         """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
-        once when a request arrives that no executor is there for.
+        once when a request arrives that no executor is there for, and when an executor begins to take requests.
 
         Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
         message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path

@@ -64,7 +64,7 @@ class FleetServiceStub:
     """
     WatchLoad: _grpc.UnaryStreamMultiCallable[_fleet_pb2.WatchLoadRequest, _fleet_pb2.WatchLoadResponse]
     """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
-    once when a request arrives that no executor is there for.
+    once when a request arrives that no executor is there for, and when an executor begins to take requests.
 
     Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
     message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
@@ -125,7 +125,7 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """
     WatchLoad: _aio.UnaryStreamMultiCallable[_fleet_pb2.WatchLoadRequest, _fleet_pb2.WatchLoadResponse]  # type: ignore[assignment]
     """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
-    once when a request arrives that no executor is there for.
+    once when a request arrives that no executor is there for, and when an executor begins to take requests.
 
     Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
     message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
@@ -207,7 +207,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fleet_pb2.WatchLoadResponse], _abc.AsyncIterator[_fleet_pb2.WatchLoadResponse]]:
         """Streams how much there is to do and to do it with: a message at once, then one every `interval_ms`, and one at
-        once when a request arrives that no executor is there for.
+        once when a request arrives that no executor is there for, and when an executor begins to take requests.
 
         Counters only grow while `epoch` stays the same; rates are the reader's to work out, over any time it likes, and a
         message that is missed costs nothing. Reading it costs the scheduler a walk over its executors, and the step path
