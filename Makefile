@@ -20,7 +20,7 @@ run: $(VENV)/.ready  ## Start everything here, stream a sample answer, serve unt
 	@$(BIN)/paceline serve $(MODEL) --demo
 
 # A process for each core, each with one model thread: threads that spin at barriers would starve the others.
-test: $(VENV)/.ready-dev $(VENV)/protos/.ready  ## Run the tests
+test: $(VENV)/.ready-dev $(VENV)/protos/.ready $(VENV)/helm-bin/helm  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
 
 soak: $(VENV)/.ready-dev  ## Break everything for minutes while clients read; SOAK="--requests 5000 --seed 7" says how
@@ -74,3 +74,7 @@ $(VENV)/protos/.ready: requirements-protos.txt $(VENV)/constraints.txt
 	@$(BIN)/python -m venv $(VENV)/protos
 	@$(VENV)/protos/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-protos.txt
 	@touch $@
+
+# Where it cannot be had, that is said, and the tests of the chart are skipped.
+$(VENV)/helm-bin/helm: tests/deploy/get_helm.py
+	@$(PYTHON) tests/deploy/get_helm.py $@ || true
