@@ -6,15 +6,28 @@ import math
 import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-FINE_S, FINE_KEPT_S = 10, 2 * 3600
-COARSE_S, COARSE_KEPT_S = 60, 15 * 86400
+FINE_S, FINE_KEPT_S = 2, 3600
+COARSE_S, COARSE_KEPT_S = 60, 22 * 86400  # a week ago can be tried out, and the week before it
 _LONGEST_GAP_S = 600.0
 """Between two notes, beyond which nobody knows what arrived in between."""
+
+_BROKEN = (
+    KeyError,
+    ValueError,
+    IndexError,
+    TypeError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy's reader raises for a damaged file."""
 
 
 class Buckets:
@@ -68,7 +81,7 @@ class Buckets:
 
 
 class ArrivalHistory:
-    """What arrived: in fine buckets of late, in coarse ones for two weeks."""
+    """What arrived: in fine buckets of late, in coarse ones for three weeks."""
 
     def __init__(self) -> None:
         """Start knowing nothing."""
@@ -79,12 +92,16 @@ class ArrivalHistory:
     def note(self, now: float, amount: float) -> None:
         """So much has arrived since the last note; `now` is in Unix seconds.
 
-        A clock that was set back loses nothing: the amount is counted where the buckets end. After more than ten
-        minutes without a note the time between is unknown, not empty. Raises `ValueError` for what is no amount.
+        A clock that is set back a little loses nothing: the amount is counted where the buckets end. Set back by more
+        than ten minutes it was wrong, and everything begins anew. After more than ten minutes without a note the time
+        between is unknown, not empty. Raises `ValueError` for what is no amount.
         """
         if not (math.isfinite(amount) and amount >= 0):
             raise ValueError(f"an amount that arrived is {amount}, must be 0 or more")
         before = now if self._noted_at is None else self._noted_at
+        if now < before - _LONGEST_GAP_S:
+            self.fine, self.coarse = Buckets(FINE_S, FINE_KEPT_S), Buckets(COARSE_S, COARSE_KEPT_S)
+            before = now
         now = max(now, before)
         for buckets in (self.fine, self.coarse):
             if now - before > _LONGEST_GAP_S:
@@ -122,6 +139,15 @@ class ArrivalHistory:
                 history.fine.first, history.fine.amounts = int(firsts[0]), content["fine"].astype(float)
                 history.coarse.first, history.coarse.amounts = int(firsts[1]), content["coarse"].astype(float)
                 history._noted_at = float(content["noted_at"][0]) or None
-        except (KeyError, ValueError, IndexError, EOFError, zipfile.BadZipFile) as error:
+                for buckets in (history.fine, history.coarse):
+                    _check(buckets)
+        except _BROKEN as error:
             raise ValueError(f"{path} has no arrivals that can be read; take it away to begin anew") from error
         return history
+
+
+def _check(buckets: Buckets) -> None:
+    """Refuse what cannot have been saved. Raises `ValueError`."""
+    amounts = buckets.amounts
+    if amounts.ndim != 1 or np.isinf(amounts).any() or (amounts < 0).any():
+        raise ValueError("no amounts")

@@ -173,6 +173,7 @@ class Autoscaler:
             at=self._clock(),
             load=load,
             starting_count=len(there.starting),
+            capacity=there.capacity(self.settings.kinds_of_nodes),
             wall_at=self._wall(),
             startup_s=startup_s,
             arrivals=self._forecast(load, startup_s),
@@ -293,9 +294,8 @@ def explain(settings: ScalingSettings, load: PoolLoad, starting_count: int, wall
     Example: windows and cooldowns hold nothing back, since nothing has changed.
     """
     observations = Observations()
-    rate = 0.0
     startup_s = max([settings.times.startup_s, *(e.startup_s for e in load.executors)])
     for age_s in (3600.0, 1800.0, 600.0, 300.0, 120.0, 60.0, 30.0, 10.0, 5.0, 2.0, 1.0, 0.0):
-        one = Observation(-age_s, load, starting_count, wall_at, startup_s, Arrivals(rate, rate, "none"))
+        one = Observation(-age_s, load, starting_count, wall_at=wall_at, startup_s=startup_s)
         observations.add(replace(one, at=3600.0 - age_s))
     return decide(3600.0, observations, settings)

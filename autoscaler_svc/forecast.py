@@ -1,7 +1,7 @@
 """What will arrive when an executor that is asked for now would be ready.
 
 A few simple ways to say it are tried on the past: what each would have said, a start-up time before, for times that are
-known by now. The one with the smallest loss speaks; how wrong it was gives the quantile.
+known by now. The one that was nearest speaks; how much more came than it had said gives the quantile.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -17,25 +18,36 @@ from numpy.typing import NDArray
 from autoscaler_svc.arrivals import COARSE_S, ArrivalHistory, Buckets
 
 _DAY_S, _WEEK_S = 86400, 7 * 86400
-_ORIGINS = 120
-"""Moments of the past at which each way is tried."""
+_NEAR_S = 120.0
+"""Horizon up to which the fine buckets are gone by."""
+
+_TRIALS = 120
+_TRIAL_EVERY_S = 10.0
+"""Least time between two moments of the past at which each way is tried: twenty minutes of them, or more."""
 
 _FEW = 20
 """Trials below which the spread is guessed: that of independent arrivals."""
 
-_NEAR_S = 600.0
-"""Horizon up to which the fine buckets are gone by."""
+_ALIKE = 2.0
+"""Factor by which two rates may differ to be of the same kind."""
 
-_LEVEL_S = 60.0
+_LEVEL_S, _TREND_S = 10.0, 40.0
+_DAMPING = 0.8
+"""Part of a slope that is believed in: what rises goes on rising, for a while."""
+
 _BETTER = 0.95
-"""Part of the loss of a simpler way that a less simple one may have to be preferred."""
+"""Part of the error of a simpler way that a less simple one may have to be preferred."""
 
 _COVERAGE = 1.25
 """Periods of a season that have to be known before it is believed in."""
 
-Rates = NDArray[np.float64]
-Way = Callable[["_Series", int], float]
-"""Says at an origin of a series what rate to expect; NaN where it has nothing to go by."""
+_MOST_GROWTH = 10.0
+"""Factor by which today may differ from the day before."""
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Way = Callable[["_Series", Ints], Floats]
+"""Says at each of some origins of a series what rate to expect; NaN where it has nothing to go by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,7 @@ class Forecast:
     mean: float
     high: float  # the quantile that was asked for
     method: str  # none, level, trend, daily or weekly
-    error: float = 0.0  # mean pinball loss of the trials, as a share of the mean rate
+    error: float = 0.0  # mean error of the trials, as a share of the mean rate
 
 
 def forecast(history: ArrivalHistory, now: float, horizon_s: float, quantile: float) -> Forecast:
@@ -68,18 +80,23 @@ def _best(series: _Series, ways: Mapping[str, Way], quantile: float) -> Forecast
     """What the way says that was nearest in the trials. They are in order, the simplest first."""
     best, least = Forecast(0.0, 0.0, "none"), math.inf
     for name, way in ways.items():
-        tried = series.try_out(way, quantile)
-        if tried is not None and (best.method == "none" or tried[0] < least * _BETTER):
-            least = tried[0]
-            best = Forecast(tried[1], tried[2], name, least / (series.typical or 1.0) if math.isfinite(least) else 0.0)
+        mean = float(way(series, np.array([len(series.rates)]))[0])
+        if not math.isfinite(mean):
+            continue
+        said, came = series.trials(way)
+        error = float(np.abs(said - came).mean()) if len(said) else math.inf
+        if best.method == "none" or error < least * _BETTER:
+            least = error
+            high = max(0.0, series.quantile_of(mean, said, came, quantile))
+            best = Forecast(mean, high, name, error / (series.typical or 1.0) if math.isfinite(error) else 0.0)
     return best
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Series:
     """Whole buckets up to now, as rates; and how far ahead one looks, in buckets."""
 
-    rates: Rates
+    rates: Floats  # NaN where nobody knows
     length_s: int
     ahead: int  # buckets from an origin to what is forecast
     span: int  # buckets that are forecast together
@@ -97,96 +114,95 @@ class _Series:
 
     @property
     def typical(self) -> float:
-        """The mean rate of the trials' time."""
-        return float(np.nanmean(self.rates[-_ORIGINS - 2 * self.ahead :]))
+        """The mean rate of late."""
+        recent = self.rates[-_TRIALS - 2 * self.ahead :]
+        return float(np.nanmean(recent)) if not np.isnan(recent).all() else 0.0
 
-    def actual(self, origin: int) -> float:
-        """What came in the time that is forecast at an origin, which has to be over; NaN where nobody knows."""
-        return _mean(self.rates[origin + self.ahead : origin + self.ahead + self.span])
+    @cached_property
+    def sums(self) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+        """Sums up to each bucket: of what is known 1, x and x², and of the rates y and x y, where x is its number."""
+        known = ~np.isnan(self.rates)
+        x, y = np.arange(len(self.rates), dtype=float), np.where(known, self.rates, 0.0)
 
-    def origins(self) -> list[int]:
-        """The moments of trials: of late, and at about this time a day ago, since each hour has its own ways."""
+        def up_to(values: Floats) -> Floats:
+            return np.concatenate([[0.0], np.cumsum(values)])
+
+        return up_to(known * 1.0), up_to(known * x), up_to(known * x * x), up_to(y), up_to(y * x)
+
+    def between(self, begins: Ints, ends: Ints) -> tuple[Floats, ...]:
+        """The sums from `begins` to `ends`, half-open, of each pair; outside of the series nothing is known."""
+        first, last = (np.clip(edge, 0, len(self.rates)) for edge in (begins, ends))
+        return tuple(total[np.maximum(first, last)] - total[first] for total in self.sums)
+
+    def means(self, begins: Ints, ends: Ints) -> Floats:
+        """Mean rates from `begins` to `ends`; NaN where nothing is known."""
+        count, _, _, total, _ = self.between(begins, ends)
+        return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+
+    @cached_property
+    def origins(self) -> Ints:
+        """The moments of trials: of late, and at about this time a day and a week ago: each hour has its own ways."""
+        stride = max(1, round(_TRIAL_EVERY_S / self.length_s))
         last = len(self.rates) - self.ahead - self.span
-        recent = range(max(1, last - _ORIGINS), last + 1)
-        then = len(self.rates) - _DAY_S // self.length_s
-        around = range(max(1, then - _ORIGINS // 2), then + _ORIGINS // 2) if then > 0 else range(0)
-        return [*around, *(origin for origin in recent if origin not in around)]
+        parts = [np.arange(last, max(0, last - _TRIALS * stride), -stride)]
+        for season_s in (_DAY_S, _WEEK_S):
+            then = len(self.rates) - season_s // self.length_s
+            if then > _TRIALS:
+                parts.append(np.arange(then - _TRIALS // 2, then + _TRIALS // 2))
+        found = np.unique(np.concatenate(parts))
+        return found[(found > 0) & (found <= last)].astype(np.int64)
 
-    def try_out(self, way: Way, quantile: float) -> tuple[float, float, float] | None:
-        """(mean pinball loss of the trials, forecast for now, its quantile); None where this way has nothing to say.
+    def trials(self, way: Way) -> tuple[Floats, Floats]:
+        """What a way would have said at the origins, and what came then."""
+        said = way(self, self.origins)
+        came = self.means(self.origins + self.ahead, self.origins + self.ahead + self.span)
+        both = np.isfinite(said) & np.isfinite(came)
+        return said[both], came[both]
 
-        The quantile is that of how much came in the trials, over what had been said.
+    def quantile_of(self, mean: float, said: Floats, came: Floats, quantile: float) -> float:
+        """The quantile of what comes where `mean` is said, by how much more came in trials that said about as much:
+        what came after a lull says nothing of what comes after a peak. Of few trials: as of independent arrivals.
         """
-        mean = way(self, len(self.rates))
-        if not math.isfinite(mean):
-            return None
-        pairs = [(way(self, origin), self.actual(origin)) for origin in self.origins()]
-        trials = np.array([pair for pair in pairs if math.isfinite(pair[0]) and math.isfinite(pair[1])]).reshape(-1, 2)
-        said, came = trials[:, 0], trials[:, 1]
-        if len(trials) < _FEW:
+        alike = (said > mean / _ALIKE) & (said < mean * _ALIKE)
+        if np.count_nonzero(alike) < _FEW:
             deviation = math.sqrt(max(mean, 0.0) / (self.length_s * self.span))
-            high = mean + _normal_quantile(quantile) * deviation
-        else:
-            floor = 0.1 / self.length_s
-            high = mean * float(np.quantile((came + floor) / (said + floor), quantile)) if mean else 0.0
-        if not len(trials):
-            return math.inf, mean, max(0.0, high)
-        return _pinball(said, came, quantile), mean, max(0.0, high)
+            return mean + NormalDist().inv_cdf(quantile) * deviation
+        return mean * float(np.quantile(came[alike] / said[alike], quantile))
 
 
-def _mean(rates: Rates) -> float:
-    known = rates[~np.isnan(rates)]
-    return float(known.mean()) if len(known) else math.nan
-
-
-def _pinball(said: Rates, came: Rates, quantile: float) -> float:
-    """What `said` costs on average where `came` came, if too little costs `quantile` and too much the rest."""
-    short = came - said
-    return float(np.mean(np.maximum(quantile * short, (quantile - 1) * short)))
-
-
-def _level(series: _Series, origin: int) -> float:
-    """As of late: the mean of the last minute, or of as long as one looks ahead."""
+def _level(series: _Series, origins: Ints) -> Floats:
+    """As of late: the mean of the last ten seconds, or of as long as one looks ahead."""
     count = max(series.ahead, round(_LEVEL_S / series.length_s))
-    return _mean(series.rates[max(0, origin - count) : origin])
+    return series.means(origins - count, origins)
 
 
-def _trend(series: _Series, origin: int) -> float:
-    """On along the line through the last buckets, half as steeply: what rises goes on rising, for a while."""
-    count = max(2 * series.ahead, round(4 * _LEVEL_S / series.length_s))
-    recent = series.rates[max(0, origin - count) : origin]
-    known = np.flatnonzero(~np.isnan(recent))
-    if len(known) < 4:
-        return math.nan
-    middle, mean = known.mean(), recent[known].mean()
-    spread = float(((known - middle) ** 2).sum())
-    slope = float(((known - middle) * (recent[known] - mean)).sum()) / spread
-    ahead = len(recent) + series.ahead + (series.span - 1) / 2 - middle
-    return max(0.0, float(mean + 0.8 * slope * ahead))
+def _trend(series: _Series, origins: Ints) -> Floats:
+    """On along the line through the last buckets, less steeply."""
+    count = max(3 * series.ahead, round(_TREND_S / series.length_s), 6)
+    known, x, xx, y, xy = series.between(origins - count, origins)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle, mean = x / known, y / known
+        slope = (xy - x * mean) / (xx - x * middle)
+        there = origins + series.ahead + (series.span - 1) / 2
+        said = np.maximum(0.0, mean + _DAMPING * slope * (there - middle))
+    return np.where(known >= 4, said, np.nan)
 
 
 def _season(period_s: int) -> Way:
     """As a period ago, by how much more there is now than there was then."""
 
-    def way(series: _Series, origin: int) -> float:
-        period = period_s // series.length_s
-        if origin < _COVERAGE * period:
-            return math.nan
-        then = origin - period + series.ahead
-        hour = 3600 // series.length_s
-        now, before = (
-            _mean(series.rates[origin - hour : origin]),
-            _mean(series.rates[origin - period - hour : origin - period]),
-        )
-        ratio = min(10.0, max(0.1, now / before)) if before > 0 and now > 0 else 1.0
-        return _mean(series.rates[then : then + series.span]) * ratio
+    def way(series: _Series, origins: Ints) -> Floats:
+        period, hour = period_s // series.length_s, 3600 // series.length_s
+        now = series.means(origins - hour, origins)
+        before = series.means(origins - period - hour, origins - period)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.clip(now / before, 1 / _MOST_GROWTH, _MOST_GROWTH)
+        ratio = np.where((before > 0) & (now > 0), ratio, 1.0)
+        then = origins - period + series.ahead
+        return np.where(origins >= _COVERAGE * period, series.means(then, then + series.span) * ratio, np.nan)
 
     return way
 
 
 _WAYS: dict[str, Way] = {"level": _level, "trend": _trend}
 _SEASONS: dict[str, Way] = {"daily": _season(_DAY_S), "weekly": _season(_WEEK_S)}
-
-
-def _normal_quantile(quantile: float) -> float:
-    return NormalDist().inv_cdf(quantile)

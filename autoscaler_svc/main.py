@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import socket
@@ -190,9 +189,8 @@ class AutoscalerApp:
 def _load_history(path: str) -> ArrivalHistory:
     if not path or not Path(path).exists():
         return ArrivalHistory()
-    with contextlib.suppress(OSError):
-        try:
-            return ArrivalHistory.load(Path(path))
-        except ValueError as error:
-            log.error("begins without history", reason=str(error))
+    try:
+        return ArrivalHistory.load(Path(path))
+    except (ValueError, OSError) as error:
+        log.error("begins without history", reason=str(error))
     return ArrivalHistory()

@@ -30,14 +30,25 @@ class Observation:
     at: float  # seconds of a clock that does not jump
     load: PoolLoad
     starting_count: int = 0  # executors that were launched and are still expected to become ready
+    capacity: float | None = None  # of ready and starting ones, in executors of capacity 1; None: each has 1
     wall_at: float = 0.0  # Unix seconds, for schedules
     startup_s: float = 0.0  # from the decision to launch an executor until it takes requests; 0: unknown
     arrivals: Arrivals = Arrivals()
 
     @property
     def executor_count(self) -> int:
-        """Executors that are there or on their way: what a policy compares its wish with."""
+        """Executors that are there or on their way, in those of capacity 1: what a policy compares its wish with."""
+        return self.heads if self.capacity is None else round(self.capacity)
+
+    @property
+    def heads(self) -> int:
+        """Executors that are there or on their way, whatever their capacity."""
         return len(self.load.ready) + self.starting_count
+
+    @property
+    def mean_capacity(self) -> float:
+        """Of one of these executors."""
+        return self.capacity / self.heads if self.capacity and self.heads else 1.0
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ _DOWN_LIMIT_S = 30.0
 _LATE_FACTOR = 3
 _LATE_AT_LEAST_S = 30.0
 _DRAIN_MARGIN_S = 30.0
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,14 @@ class Standing:
         """Executors that are there or on their way."""
         return len(self.ready) + len(self.starting) + len(self.strangers)
 
+    def capacity(self, node_types: Sequence[NodeType]) -> float:
+        """What they do, in executors of capacity 1. Of strangers nobody knows more than that they are there."""
+        return sum(_capacity(one, node_types) for one in (*self.ready, *self.starting)) + len(self.strangers)
+
+
+def _capacity(one: Launched, node_types: Sequence[NodeType]) -> float:
+    return next((node_type.capacity for node_type in node_types if node_type.name == one.node_type), 1.0)
+
 
 def is_leaving(one: Launched, executor: ExecutorLoad | None) -> bool:
     """Whether an executor is drained: by us, or by an operator."""
@@ -169,10 +178,11 @@ def actions(
         for one in there.stuck
     ]
     doing += _see_off(now, load, there, sightings, settings)
-    if there.count < wanted:
-        doing += _launch(now, wanted - there.count, there, pauses, settings)
-    elif there.count > wanted:
-        doing += _take_away(there.count - wanted, load, there, settings)
+    capacity = there.capacity(settings.kinds_of_nodes)
+    if capacity < wanted:
+        doing += _launch(now, wanted - capacity, there, pauses, settings)
+    elif capacity > wanted:
+        doing += _take_away(capacity - wanted, load, there, settings)
     return doing
 
 
@@ -192,26 +202,35 @@ def _see_off(
             yield Terminate(one.executor_id, f"has not drained within {limit_s:g} s; what is left on it moves")
 
 
-def _launch(now: float, missing: int, there: Standing, pauses: Pauses, settings: ScalingSettings) -> Iterable[Action]:
+def _launch(now: float, missing: float, there: Standing, pauses: Pauses, settings: ScalingSettings) -> Iterable[Action]:
     """Start what is missing, at the least cost. Who is late or stuck is no capacity, and still takes a place."""
-    taken = Counter(one.node_type for group in (there.ready, there.starting, there.late, there.stuck) for one in group)
-    room = settings.executors.max - sum(taken.values()) - len(there.strangers)
-    open_types = [node_type for node_type in settings.kinds_of_nodes if not pauses.holds(node_type.name, now)]
-    chosen = cheapest(missing, open_types, taken)
-    for node_type in list(chosen.elements())[: max(0, room)]:
-        yield Launch(node_type, f"{there.count + missing} wanted, {there.count} there")
+    node_types = settings.kinds_of_nodes
+    members = [*there.ready, *there.starting, *there.late, *there.stuck]
+    room = settings.executors.max - len(there.strangers) - sum(_capacity(one, node_types) for one in members)
+    open_types = [node_type for node_type in node_types if not pauses.holds(node_type.name, now)]
+    chosen = cheapest(min(missing, room), open_types, Counter(one.node_type for one in members))
+    why = f"{there.capacity(node_types) + missing:g} wanted, {there.capacity(node_types):g} there"
+    for node_type in chosen.elements():
+        yield Launch(node_type, why)
 
 
-def _take_away(surplus: int, load: PoolLoad, there: Standing, settings: ScalingSettings) -> Iterable[Action]:
-    """Give up those that have not started yet, the youngest first; then drain those with the least to lose."""
-    why = f"{there.count - surplus} wanted, {there.count} there"
-    for one in sorted(there.starting, key=lambda one: (one.age_s, one.executor_id))[:surplus]:
-        yield Terminate(one.executor_id, why)
-        surplus -= 1
+def _take_away(surplus: float, load: PoolLoad, there: Standing, settings: ScalingSettings) -> Iterable[Action]:
+    """Give up those that have not started yet, the youngest first; then drain those with the least to lose. One whose
+    capacity is more than what is too much stays.
+    """
+    node_types = settings.kinds_of_nodes
+    capacity = there.capacity(node_types)
+    why = f"{capacity - surplus:g} wanted, {capacity:g} there"
+    for one in sorted(there.starting, key=lambda one: (one.age_s, one.executor_id)):
+        if _capacity(one, node_types) <= surplus + _ROUNDING:
+            yield Terminate(one.executor_id, why)
+            surplus -= _capacity(one, node_types)
     fleet = {executor.executor_id: executor for executor in load.executors}
-    prices = {node_type.name: node_type for node_type in settings.kinds_of_nodes}
-    by_loss = sorted(there.ready, key=lambda one: _loss(one, fleet[one.executor_id], prices))
-    for one in by_loss[:surplus]:
+    prices = {node_type.name: node_type for node_type in node_types}
+    for one in sorted(there.ready, key=lambda one: _loss(one, fleet[one.executor_id], prices)):
+        if _capacity(one, node_types) > surplus + _ROUNDING:
+            continue
+        surplus -= _capacity(one, node_types)
         executor = fleet[one.executor_id]
         yield Drain(
             one.executor_id,

@@ -16,7 +16,7 @@ PolicySetting = Annotated[Threshold | Concurrency | Slo | Schedule, Field(discri
 
 
 class Bounds(Setting):
-    """How many executors there may be."""
+    """How many executors there may be, in those of capacity 1."""
 
     min: Count = 0
     max: Annotated[int, Field(ge=1, le=10_000)]

@@ -62,7 +62,7 @@ class Slo(Setting):
     Three needs, of which the largest counts:
 
     * the rate: forecast arrivals over what an executor ends per second, at `utilization`;
-    * the backlog: who waits must have been started within `first_token`, in slots that are free or become free;
+    * the backlog: who waits is to be started within a part of `first_token`, in slots that are free or become free;
     * the memory: tokens in the caches, with what those who run will still add.
     """
 
@@ -73,6 +73,9 @@ class Slo(Setting):
     down_margin: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Part of that utilization that those who stay may have after going down: what keeps it from going up again."""
     down_window_s: Window = 60.0
+    wait_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Part of `first_token` that is planned to be spent waiting for a place: the prompt takes time too, and so does bad
+    luck."""
     quantile: Annotated[Positive, Field(lt=1)] = 0.9
     """Of the arrivals that are planned for."""
 
@@ -119,10 +122,11 @@ class Slo(Setting):
                 if (capacity := Capacity.of(executor, prompt, load.mean_output_token_count, self.per_token_s))
             ]
             if known and load.mean_output_token_count:
+                each = one.mean_capacity
                 mean = Capacity(
-                    fmean(c.concurrency for c in known),
-                    fmean(c.requests_per_s for c in known),
-                    fmean(c.cache_token_count for c in known),
+                    fmean(c.concurrency for c in known) / each,
+                    fmean(c.requests_per_s for c in known) / each,
+                    fmean(c.cache_token_count for c in known) / each,
                 )
                 return mean, f"an executor runs {mean.concurrency:.4g} at once, {mean.requests_per_s:.3g}/s"
         return None, ""
@@ -155,10 +159,10 @@ class Slo(Setting):
     def _by_backlog(self, one: Observation, capacity: Capacity, arriving: float) -> float:
         """Executors that start everybody within the target. What is worked off before a new one is ready needs none.
 
-        Example: an executor runs 10 at once and ends 2/s, the target is 2 s: it takes 14. Of 40 requests one such
+        Example: an executor runs 10 at once and ends 2/s, and 2 s may be waited: it takes 14. Of 40 requests one such
         executor leaves 26; in 5 s it ends 10 of them, 16 are left, and want 2 more.
         """
-        takes = capacity.concurrency + capacity.requests_per_s * self.first_token_s
+        takes = capacity.concurrency + capacity.requests_per_s * self.first_token_s * self.wait_share
         work, there = one.load.unfinished_request_count, one.executor_count
         too_many = work - there * takes
         if not there or too_many <= 0:

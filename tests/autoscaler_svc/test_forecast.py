@@ -55,7 +55,20 @@ def test_a_morning_that_comes_every_day_is_expected():
     assert expected.mean > 3
 
 
-def test_two_days_are_no_season_yet():
+def test_a_day_that_comes_every_week_is_expected():
+    """Mondays are not Sundays."""
+    monday = NOON - NOON % 86400 + 86400 * 5 + 8 * 3600  # a Monday, 8:00
+
+    def weekly(at: float) -> float:
+        return 10.0 if (at - monday) % (7 * 86400) < 12 * 3600 else 0.5
+
+    expected = forecast(history_of(20 * 86400, weekly, step_s=300, until=monday - 120), monday - 120, 600, 0.9)
+
+    assert expected.method == "weekly"
+    assert expected.mean > 5
+
+
+def test_one_day_is_no_season_yet():
     """One morning may be chance."""
     eight = NOON - 4 * 3600
     expected = forecast(history_of(86400, daily, step_s=60, until=eight - 60), eight - 60, 600, 0.9)
@@ -96,6 +109,19 @@ def test_a_gap_is_no_lull():
         history.note(NOON + 3600 + 10 * step, 50)
 
     assert forecast(history, NOON + 3720, 60, 0.5).mean == pytest.approx(5, rel=0.1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=30, max_size=300))
+def test_a_higher_quantile_is_never_lower(amounts):
+    """Whoever asks for more certainty gets more executors, or as many."""
+    history = ArrivalHistory()
+    history.note(NOON, 0)
+    for number, amount in enumerate(amounts):
+        history.note(NOON + 10 * (number + 1), amount)
+    highs = [forecast(history, NOON + 10 * len(amounts), 30, quantile).high for quantile in (0.1, 0.5, 0.9, 0.99)]
+
+    assert highs == sorted(highs)
 
 
 @settings(max_examples=30, deadline=None)

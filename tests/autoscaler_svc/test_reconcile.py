@@ -185,6 +185,18 @@ def test_node_types_pause_after_failures_and_others_take_their_place():
     assert pool.do(1) == ["launch spot"]
 
 
+def test_capacity_counts_and_not_heads():
+    """A large node does the work of several small ones, and is not taken away for the surplus of one."""
+    text = (
+        SETTINGS.replace("max: 4", "max: 9") + "node_types: [{name: a}, {name: big, capacity: 4, price_per_hour: 1}]\n"
+    )
+
+    assert Pool(text).has("x", node_type="big").do(4) == []
+    assert Pool(text).has("x", node_type="big").do(6) == ["launch a", "launch a"]
+    assert Pool(text).has("x", node_type="big").has("y", node_type="a").do(3) == ["drain y"]
+    assert Pool(text).has("x", node_type="big").has("y", node_type="a").do(1) == ["drain x"]
+
+
 @pytest.mark.parametrize("wanted", range(5))
 def test_what_was_done_settles(wanted):
     """Level-triggered: when it is done nothing is left to do, wherever it began."""

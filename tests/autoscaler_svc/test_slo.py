@@ -11,7 +11,7 @@ KNOWN = "mean_prompt_token_count 100 mean_output_token_count 100"
 
 
 def run(table: str, **values) -> None:
-    policy = Slo(**{"down_window_s": 0, "utilization": 1.0, "down_margin": 1.0, **values})
+    policy = Slo(**{"down_window_s": 0, "utilization": 1.0, "down_margin": 1.0, "wait_share": 1.0, **values})
     check(table, lambda now, seen: policy.wish(now, seen).count)
 
 
@@ -50,6 +50,12 @@ def test_a_backlog_that_is_gone_before_an_executor_is_ready_needs_none():
         t 1  ready 2  requests 80  rate 0  startup_s 0   {KNOWN}  -> 4
         t 2  ready 2  requests 800  rate 0  startup_s 10  {KNOWN}  -> 25
     """)
+
+
+def test_plans_to_spend_only_a_part_of_the_target_waiting():
+    """Who plans for the whole of it is late in every second case."""
+    run(f"t 0  ready 2  requests 50  startup_s 0  {KNOWN}  -> 2")
+    run(f"t 0  ready 2  requests 50  startup_s 0  {KNOWN}  -> 4", wait_share=0.25)
 
 
 def test_somebody_who_waits_longer_than_the_target_gets_one_more():
