@@ -23,6 +23,9 @@ _KEDAS_OWN = frozenset(
 )
 """Keys of a trigger's metadata that are between KEDA and its own configuration."""
 
+_LARGEST_TARGET = 1e15
+"""Targets are also told as int64, and KEDA counts in thousandths of them."""
+
 
 class Outlook(Protocol):
     """What the autoscaler knows and wants; None where it knows nothing, or what it knew is too old."""
@@ -96,10 +99,10 @@ def _target_of(text: str, metric: Metric) -> float:
         target = float(text)
     except ValueError:
         target = math.nan
-    if not (math.isfinite(target) and target >= 0.001):
+    if not (0.001 <= target <= _LARGEST_TARGET):
         raise invalid(
-            f"metadata target is '{shown(text)}', must be a number of at least 0.001: how much of {metric.name} one "
-            f"executor may have"
+            f"metadata target is '{shown(text)}', must be a number of at least 0.001 and at most "
+            f"{_LARGEST_TARGET:g}: how much of {metric.name} one executor may have"
         )
     return target
 
@@ -172,10 +175,9 @@ class ExternalScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
                 raise invalid(
                     f"metricName is '{shown(request.metricName)}', this trigger has only '{trigger.metric.name}'"
                 )
-            load, wanted = self._known(trigger)
+            value = _value(trigger, *self._known(trigger))
         except RefusedError as error:
             await abort(context, error)
-        value = trigger.metric.total(load, wanted)
         return pb.GetMetricsResponse(
             metricValues=[
                 pb.MetricValue(metricName=trigger.metric.name, metricValue=math.ceil(value), metricValueFloat=value)
@@ -220,6 +222,22 @@ class ExternalScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+
+
+def _value(trigger: Trigger, load: PoolLoad, wanted: int) -> float:
+    """The total of the metric.
+
+    How long a backlog takes is unknown until an executor has computed something. Where none takes requests, what is
+    wanted stands in for it: an error there would also keep KEDA from starting the first. Else it is an error.
+    """
+    is_unknown = trigger.metric is METRICS["backlog_seconds"] and load.backlog_token_count and not load.backlog_s
+    if is_unknown and load.ready:
+        raise RefusedError(
+            grpc.StatusCode.UNAVAILABLE,
+            f"nothing is known of how long the backlog of {load.backlog_token_count} tokens takes: no executor has "
+            f"computed anything yet; ask again",
+        )
+    return trigger.target * max(1, wanted) if is_unknown else trigger.metric.total(load, wanted)
 
 
 def _spec(trigger: Trigger) -> pb.GetMetricSpecResponse:

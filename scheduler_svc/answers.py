@@ -258,6 +258,10 @@ class AnswerBook:
         for timer in (*self._detached.values(), *self._ended.values()):
             timer.cancel()
 
+    def get(self, request_id: str) -> Answer | None:
+        """The answer to a request, if it is kept."""
+        return self._answers.get(request_id)
+
     def __getitem__(self, request_id: str) -> Answer:
         """The answer of that id."""
         return self._answers[request_id]

@@ -102,6 +102,13 @@ class Engine:
             del self._arriving[request_id]
             arrival.is_over.set()
 
+    def check_arriving(self, request_id: str) -> None:
+        """Refuse a request that was cancelled at the door, or that came while the service leaves."""
+        if self._arriving[request_id].is_cancelled:
+            raise _cancelled(request_id)
+        if self.draining:
+            raise _leaving()
+
     def submit(self, request: Request, texts: Sequence[TextStream], terms: Terms) -> Answer:
         """Accept a request that is `arriving`, or refuse it at once; `texts` are those of its choices.
 
@@ -136,6 +143,8 @@ class Engine:
             self.meter.note_first_token(now, now - answer.accepted_at)
 
     def _meter_end(self, answer: Answer) -> None:
+        if answer.streams[0].on_first_token is None:
+            return  # it began in an earlier life of the scheduler
         request, now = answer.request, time.monotonic()
         decoding_s = now - answer.first_token_at if answer.first_token_at is not None else 0.0
         output_count = answer.output_token_count // len(answer.streams)
@@ -148,9 +157,12 @@ class Engine:
 
     def oldest_waiting_at(self) -> float | None:
         """When the one that waits longest of those who wait was accepted; None: nobody waits."""
+        if not self.scheduler.waiting_count:
+            return None
         for request in list(self._streams):  # in the order in which they were accepted
             if request.state is RequestState.WAITING and not request.is_unforked:
-                return self._answer_of(request).accepted_at
+                answer = self.answers.get(request.request_id)  # it may have ended since, read from another thread
+                return answer.accepted_at if answer else None
         return None
 
     async def durable(self) -> None:
@@ -197,9 +209,9 @@ class Engine:
     def check_room(self, token_count: int) -> None:
         """Refuse a request of `token_count` tokens when the service is leaving or the queue is full."""
         if self.draining:
-            raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; retry with backoff")
-        waiting, limit = self.scheduler.waiting_count, self._config.max_waiting_requests
-        if waiting + self.meter.at_door_count >= limit:
+            raise _leaving()
+        waiting, limit = self.scheduler.waiting_count + self.meter.at_door_count, self._config.max_waiting_requests
+        if waiting >= limit:
             self.meter.refused_request_count += 1
             raise _overloaded(f"{waiting} requests are waiting, the limit is {limit}")
         tokens, limit = self.scheduler.waiting_token_count, self._config.max_waiting_tokens
@@ -470,6 +482,10 @@ class Engine:
 
 def _cancelled(request_id: str) -> RefusedError:
     return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request_id}' was cancelled")
+
+
+def _leaving() -> RefusedError:
+    return RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; retry with backoff")
 
 
 def _overloaded(reason: str) -> RefusedError:

@@ -154,6 +154,11 @@ class Fleet:
             except RefusedError as error:  # the model was exchanged meanwhile
                 log.warning("executor not taken over", executor_id=request.executor_id, reason=error.message)
 
+    @property
+    def has_any(self) -> bool:
+        """Whether anybody has joined who takes requests, or is about to."""
+        return any(not (member.joined.draining or member.link.draining) for member in self.members.values())
+
     def records(self) -> list[records.Record]:
         """Who has a lease, for a journal that knows nobody."""
         return [records.Joined(name, member.joined.SerializeToString()) for name, member in self.members.items()]

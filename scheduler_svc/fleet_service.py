@@ -112,6 +112,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             check_name("holder_id", holder)
         except RefusedError as error:
             await abort(context, error)
+        if self._engine.draining:
+            await abort(
+                context, RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; keep calling")
+            )
         if request.release:
             self._scaling.give_back(holder, now)
             return fleet_pb2.LeaseScalingResponse(lease_ms=0)

@@ -18,7 +18,7 @@ def load_of(model: str, fleet: Fleet, engine: Engine, watcher: LoadWatcher) -> f
     executors = list(scheduler.executors.values())
     taking = [executor for executor in executors if not executor.draining]
     backlog = load.backlog(scheduler)
-    oldest_at = engine.oldest_waiting_at()
+    oldest_at = meter.oldest_at_door or engine.oldest_waiting_at()
     prompt_count, output_count = meter.mean_lengths
     members = sorted(fleet.members.values(), key=lambda member: member.joined.executor_id)
     return fleet_pb2.WatchLoadResponse(

@@ -73,7 +73,9 @@ class LoadMeter:
         self.reused_token_count = 0
         self.first_token = LatencyMeter()
         self.per_token = LatencyMeter()
-        self.at_door_count = 0  # requests that wait for the first executor to say what the model takes
+        self._at_door: dict[
+            object, float
+        ] = {}  # who waits for the first executor to say what the model takes; since when
         self._prompt_tokens = self._output_tokens = self._weight = 0.0
         self._watchers: set[LoadWatcher] = set()
 
@@ -125,11 +127,22 @@ class LoadMeter:
             watcher.is_urgent.set()
 
     @contextmanager
-    def at_door(self) -> Iterator[None]:
+    def at_door(self, now: float) -> Iterator[None]:
         """A request waits for the first executor."""
-        self.at_door_count += 1
+        somebody = object()
+        self._at_door[somebody] = now
         self.tell_at_once()
         try:
             yield
         finally:
-            self.at_door_count -= 1
+            del self._at_door[somebody]
+
+    @property
+    def at_door_count(self) -> int:
+        """How many wait there."""
+        return len(self._at_door)
+
+    @property
+    def oldest_at_door(self) -> float | None:
+        """Since when the first of them does."""
+        return next(iter(list(self._at_door.values())), None)

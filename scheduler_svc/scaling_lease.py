@@ -14,6 +14,7 @@ class ScalingLease:
     def __init__(self, grants_from: float = -math.inf) -> None:
         """Held by nobody, and granted from a moment on: an earlier life of the scheduler may have granted it before."""
         self._grants_from = grants_from
+        self._missing_since = grants_from  # when it was free last; meaningless while it is held
         self._holder = ""
         self._held_until = -math.inf
         self._next_ready_at = math.inf  # soonest; infinity: unknown
@@ -33,6 +34,7 @@ class ScalingLease:
         if now < self._grants_from or self.holder(now) not in ("", holder):
             return False
         self._holder, self._held_until = holder, now + LEASE_S
+        self._missing_since = self._held_until
         self.starting_count = starting_count
         self._next_ready_at = now + next_ready_s if starting_count and next_ready_s else math.inf
         self._starts_in_s = 0.0 if starting_count else next_ready_s
@@ -42,6 +44,11 @@ class ScalingLease:
         """Let somebody else have it at once."""
         if self.holder(now) == holder:
             self._held_until = -math.inf
+            self._missing_since = now
+
+    def is_expected(self, now: float) -> bool:
+        """Whether somebody has it, or had it a moment ago and may be on the way back: a restart takes seconds."""
+        return now < self._missing_since + LEASE_S
 
     def least_wait_s(self, now: float) -> float:
         """Seconds, at least, until an executor takes requests where none does now; 0: unknown."""

@@ -30,7 +30,7 @@ log = structlog.get_logger()
 _BATCH_REQUESTS = 1024
 """Requests of one batch that may run, or be answered and not written, at once: what an unread batch can hold."""
 
-_LOOK_EVERY_S = 0.5  # whether an autoscaler is still there
+_LOOK_EVERY_S = 0.1  # whether an autoscaler is still there, and somebody still wants the answer
 
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -153,7 +153,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with self._engine.arriving(request_id):
             self._refuse_hopeless(request_id, deadline)
             if self._fleet.limits is None:
-                await self._wait_for_first_executor()
+                await self._wait_for_first_executor(request_id)
             request, texts, terms = await self._door.request(
                 message, request_id, self._fleet.limits, deadline, _trace(context)
             )
@@ -165,21 +165,22 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Tell at once who cannot be served in time: the next executor is still to be started."""
         now = time.monotonic()
         wait_s = self._scaling.least_wait_s(now)
-        if wait_s and not self._engine.has_executor and deadline < now + wait_s:
+        if wait_s and deadline < now + wait_s and not self._fleet.has_any:
             raise RefusedError(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"request '{request_id}' has {max(0.0, deadline - now):.1f} s left, but no executor is there and the "
                 f"next one takes requests in {wait_s:.1f} s at the earliest; allow more time",
             )
 
-    async def _wait_for_first_executor(self) -> None:
+    async def _wait_for_first_executor(self, request_id: str) -> None:
         """Hold a request that came before the first executor, as long as an autoscaler is there that will start one:
-        only executors know how many tokens the model takes.
+        only executors know how many tokens the model takes. Raises `RefusedError` when it was cancelled meanwhile.
         """
-        with self._engine.meter.at_door():
-            while not self._fleet.limits_known.is_set() and self._scaling.holder(time.monotonic()):
+        with self._engine.meter.at_door(time.monotonic()):
+            while not self._fleet.limits_known.is_set() and self._scaling.is_expected(time.monotonic()):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._fleet.limits_known.wait(), _LOOK_EVERY_S)
+                self._engine.check_arriving(request_id)
 
     async def whole(self, reader: Reader) -> pb.GenerateOutput:
         """Read an answer to its end. Raises `RefusedError` when it ends badly."""

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from autoscaler_svc.keda import ExternalScaler
-from autoscaler_svc.load import PoolLoad
+from autoscaler_svc.load import ExecutorLoad, PoolLoad
 from common.grpc_servers import Server
 from externalscaler import externalscaler_pb2 as pb
 from externalscaler import externalscaler_pb2_grpc
@@ -98,6 +98,29 @@ async def test_values_are_totals_over_the_pool(tmp_path):
         assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("paceline-requests", 8, 7.5)
 
 
+async def test_a_backlog_of_unknown_length_changes_nothing(tmp_path):
+    """After a restart of the scheduler its speed is unknown; read as zero seconds it would end all but one executor."""
+    known, metadata = Known(), {"metric": "backlog_seconds", "target": "2"}
+    executors = tuple(ExecutorLoad(name) for name in "abcd")
+    async with keda(tmp_path, known) as (stub, _):
+        scaled = ScaledObject(stub, metadata)
+        known.tell(4, backlog_token_count=9000)  # nobody is there: from zero to what is wanted
+        assert await scaled.poll(0) == 4
+        known.tell(4, backlog_token_count=9000, executors=executors)
+        assert await scaled.poll(30) == 4
+        assert scaled.errors == [grpc.StatusCode.UNAVAILABLE]
+        known.tell(4, backlog_token_count=9000, backlog_s=1.0, executors=executors)
+        assert await scaled.poll(60) == 2
+
+
+async def test_two_triggers_have_their_own_metrics(tmp_path):
+    """The HPA takes the larger wish of the two; one must not answer for the other."""
+    known = Known()
+    known.tell(3, waiting_request_count=40)
+    async with keda(tmp_path, known) as (stub, _):
+        assert await asyncio.gather(value(stub), value(stub, metric="requests", target="8")) == [3, 40]
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -105,6 +128,7 @@ async def test_values_are_totals_over_the_pool(tmp_path):
         ({"metric": "requests"}, "metadata target is '', must be a number of at least 0.001"),
         ({"metric": "requests", "target": "ten"}, "metadata target is 'ten'"),
         ({"metric": "requests", "target": "0"}, "metadata target is '0'"),
+        ({"target": "1e30"}, "metadata target is '1e30'"),
         ({"target": "nan"}, "metadata target is 'nan'"),
         ({"metrics": "requests"}, "metadata has 'metrics'; there are metric, target and pool"),
         ({"pool": "other"}, "metadata pool is 'other', this autoscaler has 'm'"),

@@ -11,7 +11,7 @@ from autoscaler_svc.fleet_client import FleetClient
 from autoscaler_svc.load import ExecutorState
 from autoscaler_svc.observe import LoadWatch, decode_load
 from autoscaler_svc.scaling_settings import Targets
-from paceline.v1 import fleet_pb2
+from paceline.v1 import fleet_pb2, inference_pb2
 from tests.system import request, started, until
 
 
@@ -142,6 +142,60 @@ async def test_requests_before_the_first_executor_are_held_while_an_autoscaler_i
         system.add_executor(name="e0")
 
         assert (await reading).prompt_token_count == 5
+
+
+async def test_who_waits_for_the_first_executor_can_be_cancelled():
+    """Nobody pays for the start of an executor whose answer nobody wants."""
+    async with started(executor_count=0) as system:
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+        reading = asyncio.ensure_future(system.generate(request(request_id="mine")).read())
+        while not (await look(system)).waiting_request_count:
+            await asyncio.sleep(0.01)
+        await system.inference.Cancel(inference_pb2.CancelRequest(request_id="mine"))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await reading
+        load = await look(system)
+
+    assert ended.value.code() is grpc.StatusCode.CANCELLED
+    assert load.waiting_request_count == 0
+
+
+async def test_an_autoscaler_that_restarts_costs_nobody_at_the_door_an_answer():
+    """An upgrade of the autoscaler takes seconds; who waits for its first executor waits on."""
+    async with started(executor_count=0) as system:
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+        reading = asyncio.ensure_future(system.generate(request()).read())
+        while not (await look(system)).waiting_request_count:
+            await asyncio.sleep(0.01)
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a", release=True))
+        await asyncio.sleep(0.3)
+        system.add_executor(name="e0")
+
+        assert (await reading).prompt_token_count == 5
+
+
+async def test_a_scheduler_that_restarts_with_nobody_there_waits_for_who_may_act(tmp_path):
+    """After a lull its journal has nobody in it, and an autoscaler may still think that it may act."""
+    journal = str(tmp_path / "journal.db")
+    async with started(executor_count=0, journal=journal) as system:
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+    async with started(executor_count=0, journal=journal) as system:
+        with pytest.raises(grpc.aio.AioRpcError, match="the scheduler has restarted") as refusal:
+            await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="b"))
+
+    assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_an_executor_that_is_about_to_attach_is_there():
+    """Refusing somebody eight seconds before a start that is over would be a lie."""
+    async with started() as system:
+        lease = fleet_pb2.LeaseScalingRequest(holder_id="a", starting_executor_count=1, next_ready_ms=8000)
+        await system.fleet.LeaseScaling(lease)
+        link = system.app.fleet.members["e0"].link
+        system.app.engine.lost(link, may_return=True)
+        link.is_attached = False
+
+        await system.generate(request(), timeout=5).read()
 
 
 async def test_a_deadline_before_the_next_executor_is_told_at_once():
