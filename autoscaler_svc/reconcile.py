@@ -59,6 +59,7 @@ class Sightings:
     joined_at: dict[str, float] = field(default_factory=dict)  # last seen in the fleet
     down_since: dict[str, float] = field(default_factory=dict)  # the process does not run, and has failed
     draining_since: dict[str, float] = field(default_factory=dict)
+    drained: set[str] = field(default_factory=set)  # of those that leave, who was seen to drain
 
     def look(self, now: float, load: PoolLoad, launched: Iterable[Launched]) -> None:
         """Take in what is there."""
@@ -73,6 +74,8 @@ class Sightings:
                 del known[name]
             for name in present - known.keys() if known is not self.joined_at else ():
                 known[name] = now
+        self.drained |= {e.executor_id for e in load.executors if e.state is ExecutorState.DRAINING}
+        self.drained &= draining
 
 
 @dataclass(slots=True)
@@ -196,6 +199,8 @@ def _see_off(
         executor = fleet.get(one.executor_id)
         if executor is None:
             yield Terminate(one.executor_id, "has drained")
+        elif executor.state is not ExecutorState.DRAINING and one.executor_id in sightings.drained:
+            yield Terminate(one.executor_id, "has drained, and was started again")
         elif executor.state is not ExecutorState.DRAINING:
             yield Drain(one.executor_id, "was to be drained")
         elif now - sightings.draining_since.get(one.executor_id, now) > limit_s:

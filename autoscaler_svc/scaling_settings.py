@@ -94,6 +94,8 @@ class Ray(Setting):
 
     kind: Literal["ray"]
     address: str = "auto"
+    pool: Annotated[str, Field(pattern="[a-z0-9-]{1,40}")] = "default"
+    """Executors of one scheduler: those of others in the same cluster have another."""
     command: Annotated[tuple[str, ...], Field(min_length=1)]
     """What an actor starts; `{executor_id}` and `{node_ip}` stand for its own."""
     resources: dict[str, dict[str, float]] = Field(default_factory=dict)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from autoscaler_svc.actuators.actuator import Actuator, ActuatorError
+from autoscaler_svc.actuators.kubernetes import KubernetesActuator
 from autoscaler_svc.actuators.processes import ProcessActuator
+from autoscaler_svc.actuators.ray import RayActuator
 from autoscaler_svc.scaling_settings import Keda, Kubernetes, Processes, Ray, ScalingSettings
 
 
@@ -20,9 +22,10 @@ def make_actuator(settings: ScalingSettings) -> Actuator | None:
             )
         case Processes(address=address):
             return ProcessActuator(address)
-        case Kubernetes():
-            raise ActuatorError(f"this release has no actuator {settings.actuator.kind}; use processes or keda")
-        case Ray():
-            raise ActuatorError(f"this release has no actuator {settings.actuator.kind}; use processes or keda")
+        case Kubernetes(namespace=namespace, deployments=deployments):
+            return KubernetesActuator(deployments, namespace)
+        case Ray(address=address, pool=pool, command=command, resources=resources):
+            limits = {node_type.name: node_type.max for node_type in settings.node_types}
+            return RayActuator(command, resources, address=address, pool=pool, max_counts=limits)
         case Keda():
             return None

@@ -124,6 +124,14 @@ def test_goes_on_with_a_drain_that_another_autoscaler_began():
     assert Pool().has("a").has("b", is_retired=True).do(1) == ["drain b"]
 
 
+def test_an_executor_that_comes_back_after_its_drain_is_ended():
+    """Kubernetes starts a container again that has ended: it would join, drain and end for ever."""
+    pool = Pool().has("a").has("b", DRAINING, is_retired=True)
+    assert pool.do(1) == []
+    pool.executors[1] = ExecutorLoad("b", READY)
+    assert pool.do(1) == ["terminate b"]
+
+
 def test_a_drain_that_does_not_end_is_ended():
     """An executor that hangs would be paid for for ever; what it has left moves."""
     pool = Pool().has("a").has("b", DRAINING, is_retired=True)
