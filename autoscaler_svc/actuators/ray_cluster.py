@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+# Read when Ray is imported. Its handler of SIGTERM would print a stack and end a process that has to leave in order.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 import ray
 import structlog

@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from paceline import Client, TimedOut
-from tests.paceline_cli.conftest import wait_until
+from tests.paceline_cli.conftest import REPOSITORY, wait_until
 from tests.paceline_cli.test_serve import Served
 
 FILE = """
@@ -90,3 +92,46 @@ def test_a_deadline_before_the_next_start_is_told_at_once(served):
         wait_until(lambda: count_of(client) == 0)
         with pytest.raises(TimedOut, match="no executor is there and the next one takes requests in"):
             client.generate("too late", max_output_tokens=4, stream=False, timeout_s=0.3)
+
+
+def explain(file, address):
+    """`paceline autoscaler explain`: its exit code and what it printed."""
+    path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "client")))
+    words = [sys.executable, "-m", "paceline_cli", "autoscaler", "explain", str(file), "--scheduler", address]
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "NO_COLOR": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_explains_what_a_file_would_do_now(served, tmp_path):
+    """Whoever changes a policy sees first what it would change, and a mistake with its line."""
+    file = tmp_path / "other.yaml"
+    file.write_text("executors: {min: 0, max: 9}\npolicies:\n  - {kind: threshold, target: 2}\n")
+    with Client(served.address) as client, ThreadPoolExecutor(8) as people:
+        answers = [people.submit(ask, client, number, 150) for number in range(6)]
+        wait_until(lambda: count_of(client) == 2)
+        code, printed = explain(file, served.address)
+        assert code == 0, printed
+        assert re.search(r"threshold requests\s+3\s+requests 6 for \d, target 2 each", printed), printed
+        assert re.search(r"wanted\s+3\s+0 to 9 allowed", printed), printed
+        file.write_text("executors: {min: 0, max: 9}\npolicies:\n  - {kind: threshold, tarket: 2}\n")
+        code, printed = explain(file, served.address)
+        assert code == 2
+        assert "other.yaml:3: policies.0: 'target' is missing" in printed
+        assert [answer.result() for answer in answers] == [150] * 6
+
+    code, printed = explain(file.with_name("scaling.yaml"), "127.0.0.1:1")
+    assert code == 3
+    assert "127.0.0.1:1 does not tell its load" in printed
+
+
+def test_a_changed_file_holds_at_once_and_a_wrong_one_never(served, tmp_path):
+    """Nobody restarts anything in a rush, and a typing error in a rush does no harm."""
+    file = tmp_path / "scaling.yaml"
+    with Client(served.address) as client:
+        file.write_text(FILE.replace("min: 0", "min: x"))
+        wait_until(lambda: "the scaling file is wrong" in served.printed)
+        file.write_text(FILE.replace("min: 0", "min: 2"))
+        wait_until(lambda: count_of(client) == 2)
+
+    assert "scaling.yaml:2: executors.min" in served.printed
