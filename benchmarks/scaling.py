@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py zero [--rounds 5] [--model fake] [--load-s 2]     first token after zero
     python benchmarks/scaling.py wave [--most 4] [--policy slo|threshold|concurrency]   from none to the most and back
+    python benchmarks/scaling.py wave --kill-every 4      the same, and a process is killed again and again
 
 Real processes: `paceline serve` with an autoscaler. Fake executors have steps of 20 ms + 0.2 ms a token and 8 slots;
 `--load-s` is what loading their model would take.
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +70,13 @@ class Served:
             while len(found := re.findall(pattern, self.printed)) < count:
                 await asyncio.sleep(0.02)
         return found
+
+    def kill_one(self, random: Random) -> str:
+        """Kill a child, whichever; returns what it was."""
+        child = random.choice(sorted(psutil.Process(self.process.pid).children(), key=lambda child: child.pid))
+        words = child.cmdline()
+        child.kill()
+        return words[words.index("paceline_cli") + 1] if "paceline_cli" in words else "child"
 
     def stop(self) -> None:
         self.process.terminate()
@@ -123,12 +133,21 @@ async def person(client: AsyncClient, until: float, waits: list[float], tokens: 
         number += 1
 
 
+async def killer(served: Served, every_s: float, until: float, killed: list[str]) -> None:
+    """Kill one of the processes, whichever, again and again."""
+    random = Random(7)
+    while time.perf_counter() + every_s < until:
+        await asyncio.sleep(every_s)
+        killed.append(served.kill_one(random))
+
+
 async def wave(options: argparse.Namespace, folder: Path) -> Table:
     """People come in three lots, and leave."""
     scaling = SCALING.format(most=options.most, policy=POLICIES[options.policy])
     served = Served(folder, options.model, scaling, options.load_s)
     waits: list[float] = []
     tokens: list[int] = []
+    killed: list[str] = []
     try:
         async with AsyncClient(await served.address()) as client:
             began_at = time.perf_counter()
@@ -137,6 +156,8 @@ async def wave(options: argparse.Namespace, folder: Path) -> Table:
                 await asyncio.sleep(max(0.0, began_at + start_s - time.perf_counter()))
                 until = began_at + (60 if start_s else 75)
                 people += [asyncio.create_task(person(client, until, waits, tokens)) for _ in range(count)]
+                if not start_s and options.kill_every:
+                    people.append(asyncio.create_task(killer(served, options.kill_every, began_at + 70, killed)))
             await asyncio.gather(*people)
             while (await client.model()).executor_count:
                 await asyncio.sleep(0.1)
@@ -151,6 +172,7 @@ async def wave(options: argparse.Namespace, folder: Path) -> Table:
         ("requests, failed", f"{len(waits)}, 0"),
         ("whole answers", f"{sum(count == 60 for count in tokens)} of {len(tokens)}"),
         ("first token p50, p95, longest", f"{quantiles[49]:.2f}, {quantiles[94]:.2f}, {max(waits):.2f} s"),
+        ("killed", ", ".join(f"{killed.count(name)} {name}" for name in sorted(set(killed))) or "nobody"),
         ("wanted, in turn", path),
         (
             "launches, drains",
@@ -172,6 +194,7 @@ def main() -> None:
     parser.add_argument("--load-s", type=float, default=2.0)
     parser.add_argument("--most", type=int, default=4)
     parser.add_argument("--policy", choices=POLICIES, default="slo")
+    parser.add_argument("--kill-every", type=float, default=0.0, metavar="SECONDS")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = asyncio.run({"zero": zero, "wave": wave}[options.what](options, Path(folder)))
