@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,7 @@ log = structlog.get_logger()
 _ACTION_TIMEOUT_S = 15.0
 _KEPT_CHANGES = 100
 _HORIZON_AT_LEAST_S = 1.0
+_TELL_AGAIN_S = 30.0
 
 
 class Fleet(Protocol):
@@ -89,6 +91,7 @@ class Autoscaler:
         self._changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self._sightings = Sightings(clock())
         self._pauses = Pauses()
+        self._errors_told: dict[str, float] = {}  # when, by action
         self._was_ready: set[str] | None = None  # at the last look; None: there was none
         self._restarted: set[str] = set()  # have been ready since they were launched: their age says nothing of a start
         self._news = asyncio.Condition()
@@ -162,12 +165,19 @@ class Autoscaler:
 
     def _note_ready(self, one: Launched) -> None:
         self._pauses.note_ready(one.node_type)
-        if one.executor_id not in self._restarted:
-            self.startup.note(one.age_s)
+        is_first = one.executor_id not in self._restarted
         self._restarted.add(one.executor_id)
-        log.info("executor ready", executor_id=one.executor_id, age_s=round(one.age_s, 2))
+        if is_first:
+            self.startup.note(one.age_s)
+        log.info(
+            "executor ready" if is_first else "executor ready again",
+            executor_id=one.executor_id,
+            age_s=round(one.age_s, 2),
+        )
 
     def _observe(self, load: PoolLoad, there: Standing) -> Observation:
+        for executor in load.executors:
+            self.startup.note_reported(executor.startup_s)
         startup_s = self.startup.typical_s or max((e.startup_s for e in load.executors), default=0.0)
         return Observation(
             at=self._clock(),
@@ -269,13 +279,15 @@ class Autoscaler:
             self._pauses.note_failure(stuck.node_type, self._clock())
 
     def _note_error(self, action: str, error: BaseException) -> None:
-        """Say it once; that it fails for the same reason again is no news."""
+        """Say it, but not with every look: that it still fails is no news."""
         outcome = (
             "no room" if isinstance(error, NoRoomError) else "timeout" if isinstance(error, TimeoutError) else "error"
         )
         reason = str(error) or f"no answer within {_ACTION_TIMEOUT_S:g} s"
         self.counts.actions[action, outcome] += 1
-        if reason != self.actuator_error:
+        now, told_at = self._clock(), self._errors_told.get(action, -math.inf)
+        if now - told_at > _TELL_AGAIN_S:
+            self._errors_told[action] = now
             log.error("the actuator failed", action=action, reason=reason)
         self.actuator_error = reason
 

@@ -14,6 +14,7 @@ from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 log = structlog.get_logger()
 
 _TIMEOUT_S = 2.0
+_START_UP_S = 8.0
 
 
 class FleetError(Exception):
@@ -29,6 +30,7 @@ class FleetClient:
         self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
         self._holder_id = holder_id
         self._clock = clock
+        self._began_at = clock()
         self._held_until = 0.0
         self._told = ""
 
@@ -61,11 +63,12 @@ class FleetClient:
         """Say it once when the right to act cannot be had, and once when it can."""
         if reason == self._told:
             return
-        if reason:
+        is_starting = self._clock() - self._began_at < _START_UP_S  # one that died holds it for some seconds
+        if reason and not is_starting:
             log.warning("may not act", reason=reason)
-        elif self._told:
+        elif not reason and self._told:
             log.info("may act again")
-        self._told = reason
+        self._told = "" if is_starting else reason
 
     async def drain(self, executor_id: str, finish_within_s: float) -> None:
         """Let an executor finish and go. One that is gone is no error. Raises `FleetError`."""

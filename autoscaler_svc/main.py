@@ -20,7 +20,7 @@ from autoscaler_svc.fleet_client import FleetClient
 from autoscaler_svc.keda import ExternalScaler
 from autoscaler_svc.metrics import AutoscalerMetrics
 from autoscaler_svc.observe import LoadWatch
-from autoscaler_svc.scaling_file import ScalingFileError, read_scaling_file
+from autoscaler_svc.scaling_file import ScalingFileError, for_processes, read_scaling_file
 from autoscaler_svc.scaling_settings import ScalingSettings
 from common.grpc_servers import Server
 from common.metrics import serve_metrics
@@ -63,16 +63,7 @@ def serve(config: AutoscalerConfig) -> int:
 def read_settings(config: AutoscalerConfig) -> ScalingSettings:
     """The scaling file, with what the command line puts in its place. Raises `ScalingFileError`."""
     settings = read_scaling_file(config.file)
-    if not config.launcher:
-        return settings
-    return settings.model_copy(update={"actuator": make_processes(config.launcher)})
-
-
-def make_processes(address: str) -> object:
-    """The setting for child processes behind a launcher."""
-    from autoscaler_svc.scaling_settings import Processes
-
-    return Processes(address=address)
+    return for_processes(settings, str(config.file), config.launcher) if config.launcher else settings
 
 
 class SettingsFile:
@@ -109,6 +100,8 @@ class SettingsFile:
 async def _serve(config: AutoscalerConfig, settings: ScalingSettings) -> int:
     stopping = stop_event()
     app = AutoscalerApp(config, settings)
+    for line in settings.advice:
+        log.warning(line)
     if config.metrics_port:
         serve_metrics(config.metrics_port, AutoscalerMetrics(app.autoscaler))
     await app.run(stopping)

@@ -17,6 +17,7 @@ from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 log = structlog.get_logger()
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 2.0
+_START_UP_S = 5.0  # a scheduler that was started together with this autoscaler answers by then
 _STALE_INTERVALS = 5
 _STALE_AT_LEAST_S = 3.0
 
@@ -67,7 +68,7 @@ class LoadWatch:
 
     async def keep(self) -> None:
         """Keep the stream open until cancelled."""
-        pause_s, told = _FIRST_RETRY_S, ""
+        pause_s, told, began_at = _FIRST_RETRY_S, "", self._clock()
         async with open_channel(self.scheduler) as channel:
             stub = fleet_pb2_grpc.FleetServiceStub(channel)
             while True:
@@ -81,9 +82,10 @@ class LoadWatch:
                     reason = "the scheduler leaves"
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
-                if reason != told:
+                is_starting = self._load is None and self._clock() - began_at < _START_UP_S
+                if not told and not is_starting:
                     log.warning("the load is unknown; nothing is changed", scheduler=self.scheduler, reason=reason)
-                told = reason
+                    told = reason
                 await asyncio.sleep(pause_s)
                 pause_s = min(_LAST_RETRY_S, 2 * pause_s)
 

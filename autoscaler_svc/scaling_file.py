@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from autoscaler_svc.scaling_settings import ScalingSettings
+from autoscaler_svc.scaling_settings import Processes, ScalingSettings
+from autoscaler_svc.settings import Setting
 
 _KINDS = ("threshold", "concurrency", "slo", "schedule", "processes", "kubernetes", "ray", "keda")
 
@@ -48,6 +50,19 @@ def parse_scaling(text: str, name: str) -> ScalingSettings:
         raise ScalingFileError(_lines(name, root, error)) from error
 
 
+def for_processes(settings: ScalingSettings, name: str, launcher: str = "") -> ScalingSettings:
+    """The settings for child processes of `paceline serve`, whose launcher is at that address.
+
+    Raises `ScalingFileError` where they are for something else.
+    """
+    if not isinstance(settings.actuator, Processes):
+        raise ScalingFileError(
+            f"{name}: actuator is {settings.actuator.kind}, and `paceline serve` starts its executors itself; take "
+            f"actuator out, or start `paceline scheduler` and `paceline autoscaler run` without it"
+        )
+    return settings.model_copy(update={"actuator": Processes(address=launcher)})
+
+
 def _with_targets(content: dict[str, Any]) -> dict[str, Any]:
     """The content, with the targets in each policy `slo`."""
     targets = content.get("targets")
@@ -83,15 +98,51 @@ def _line(name: str, root: yaml.Node | None, finding: Any) -> str:
             continue  # says of which kind a policy or an actuator is, and is no key of the file
         place.append(str(part))
         node = node if below is None else below
-    reason = finding["msg"].removeprefix("Value error, ")
-    if finding["type"] == "extra_forbidden":
-        reason = "there is no such setting"
-    elif finding["type"] == "missing":
-        reason = f"'{place.pop()}' is missing"
-    elif finding["type"] != "value_error" and not isinstance(finding["input"], dict | list | tuple):
-        reason += f", got {finding['input']!r}"
+    reason = _reason(finding, place)
     where = ".".join(place)
     return f"{name}:{node.start_mark.line + 1}: {f'{where}: ' if where else ''}{reason}"
+
+
+def _reason(finding: Any, place: list[str]) -> str:
+    """What is wrong, in words for somebody who has never heard of the library that found it.
+
+    Shortens `place` where what is missing is no place.
+    """
+    kind, given = finding["type"], finding.get("input")
+    if kind == "extra_forbidden":
+        return f"there is no such setting{_meant(place[-1])}"
+    if kind == "missing":
+        return f"'{place.pop()}' is missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        said = given.get("kind") if isinstance(given, dict) else given
+        return f"kind must be one of {finding['ctx'].get('expected_tags', '')}, got {said!r}".replace(
+            "one of ,", "set,"
+        )
+    if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
+        return f"must be a mapping such as {{name: value}}, got {given!r}"
+    if kind in ("tuple_type", "list_type"):
+        return f"must be a list such as [a, b], got {given!r}"
+    reason = str(finding["msg"]).removeprefix("Value error, ")
+    is_told = kind == "value_error" or isinstance(given, dict | list | tuple)
+    return reason if is_told else f"{reason}, got {given!r}"
+
+
+def _meant(name: str) -> str:
+    """What somebody may have meant by a name that there is not."""
+    if name in _KINDS:
+        return f"; write policies: [{{kind: {name}, ...}}], or actuator: {{kind: {name}, ...}}"
+    near = difflib.get_close_matches(name, sorted(_names()), n=2)
+    return f"; do you mean {' or '.join(repr(one) for one in near)}?" if near else ""
+
+
+def _names() -> set[str]:
+    """All names that a scaling file may have, wherever."""
+    names, models = set(), [Setting]
+    while models:
+        model = models.pop()
+        models += model.__subclasses__()
+        names |= {field.alias or name for name, field in model.model_fields.items()}
+    return names
 
 
 def _below(node: yaml.Node, part: Any) -> yaml.Node | None:

@@ -33,8 +33,8 @@ class Bounds(Setting):
 class Targets(Setting):
     """What users should see; policy `slo` keeps it, and everybody is measured against it."""
 
-    first_token_s: Annotated[Seconds, Field(gt=0)] = 2.0
-    per_token_s: Annotated[Seconds, Field(gt=0)] = 0.1
+    first_token_s: Annotated[Seconds, Field(gt=0, le=3600)] = 2.0
+    per_token_s: Annotated[Seconds, Field(gt=0, le=10)] = 0.1
 
 
 class Cooldowns(Setting):
@@ -59,6 +59,12 @@ class Times(Setting):
     """After which an executor that is not ready is replaced."""
     finish_s: Seconds = 30.0
     """For which requests may finish on an executor that is drained before they move."""
+
+
+_EMPTY_WHEN_RIGHT = ("waiting_requests", "waiting_tokens", "backlog_seconds")
+
+LOCAL = "local"
+"""Node type of child processes: the machine that everything runs on."""
 
 
 class NodeType(Setting):
@@ -133,6 +139,18 @@ class ScalingSettings(Setting):
         names = [node_type.name for node_type in self.node_types]
         if len(set(names)) < len(names):
             raise ValueError(f"node_types has a name twice: {', '.join(names)}")
+        if isinstance(self.actuator, Processes) and names not in ([], [LOCAL]):
+            raise ValueError(
+                f"node_types names '{next(name for name in names if name != LOCAL)}', and the actuator is processes, "
+                f"all of which run on this machine; name one, {LOCAL}, or another actuator"
+            )
+        least = self.executors.min * min((node_type.price_per_hour for node_type in self.node_types), default=0.0)
+        most = self.executors.max_cost_per_hour
+        if most is not None and least > most:
+            raise ValueError(
+                f"executors.min is {self.executors.min}, which costs {least:g} an hour at least, and max_cost_per_hour "
+                f"is {most:g}; lower the one or raise the other"
+            )
         if isinstance(self.actuator, Kubernetes) and names and set(names) != set(self.actuator.deployments):
             raise ValueError(
                 f"actuator.deployments names {', '.join(sorted(self.actuator.deployments))} and node_types "
@@ -149,4 +167,19 @@ class ScalingSettings(Setting):
             return self.node_types
         if isinstance(self.actuator, Kubernetes):
             return tuple(NodeType(name=name) for name in self.actuator.deployments)
-        return (NodeType(name="local"),)
+        return (NodeType(name=LOCAL),)
+
+    @property
+    def advice(self) -> list[str]:
+        """What is allowed and seldom meant, for people."""
+        empty = [
+            policy.signal
+            for policy in self.policies
+            if isinstance(policy, Threshold)
+            and policy.signal in ("waiting_requests", "waiting_tokens", "backlog_seconds")
+        ]
+        if len(empty) < len(self.policies):
+            return []
+        return [
+            f"{empty[0]} is empty as soon as there are enough executors: alone it takes them away again; add a policy"
+        ]

@@ -82,7 +82,9 @@ def explain(file: File, scheduler: Scheduler = DEFAULT_SERVER, launcher: Launche
     from autoscaler_svc.autoscaler import explain as decide_now
     from autoscaler_svc.main import AutoscalerConfig, read_settings
     from autoscaler_svc.scaling_file import ScalingFileError
+    from common.logs import configure_logs
 
+    configure_logs("autoscaler", "error")  # what is to be said stands in the table
     try:
         settings = read_settings(AutoscalerConfig(file, scheduler, launcher))
     except ScalingFileError as error:
@@ -92,6 +94,8 @@ def explain(file: File, scheduler: Scheduler = DEFAULT_SERVER, launcher: Launche
     starting_count = sum(not one.is_retired and one.executor_id not in ready for one in launched)
     decision = decide_now(settings, load, starting_count, time.time())
     terminal.stdout().print(_table(decision, settings))
+    for line in settings.advice:
+        terminal.stdout().print(line, style="yellow", markup=False)
     terminal.stdout().print(f"{load.model}: {decision.seen}, {starting_count} starting", style="dim", markup=False)
 
 

@@ -80,11 +80,13 @@ def executor_children(
     return children
 
 
-def autoscaler_child(scaling_file: Path, sockets: Path, more_words: Sequence[str] = ()) -> ChildCommand:
+def autoscaler_child(
+    scaling_file: Path, sockets: Path, metrics_port: int = 0, more_words: Sequence[str] = ()
+) -> ChildCommand:
     """The autoscaler: it asks the scheduler how much there is to do, and the launcher for executors."""
     addresses = ("--scheduler", scheduler_socket(sockets), "--launcher", launcher_socket(sockets))
-    no_metrics = ("--metrics-port", "0")  # PACELINE_METRICS_PORT, which it would inherit, is the scheduler's
-    command = paceline_command("autoscaler", "run", str(scaling_file), *addresses, *no_metrics, *more_words)
+    metrics = ("--metrics-port", str(metrics_port))  # PACELINE_METRICS_PORT, which it would inherit, is the scheduler's
+    command = paceline_command("autoscaler", "run", str(scaling_file), *addresses, *metrics, *more_words)
     return ChildCommand("autoscaler", command)
 
 

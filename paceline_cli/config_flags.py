@@ -91,7 +91,12 @@ _FLAGS = {
     "advertise": _flag("--advertise", _NETWORK, "Address at which the scheduler reaches it.", metavar="ADDRESS"),
     "executor_id": _flag("--executor-id", _NETWORK, "Name in the fleet; keep it over restarts.", metavar="NAME"),
     "metrics_port": _flag(
-        "--metrics-port", _NETWORK, "Port of the scheduler's /metrics; 0: none.", metavar="PORT", min=0, max=65535
+        "--metrics-port",
+        _NETWORK,
+        "Port of the scheduler's /metrics; autoscaler: one above; 0: none.",
+        metavar="PORT",
+        min=0,
+        max=65535,
     ),
     "lease_s": _seconds("--lease", "Silence after which an executor counts as lost."),
     "step_timeout_s": _seconds("--step-timeout", "Least time after which a step counts as wedged."),

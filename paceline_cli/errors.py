@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-_OUR_PACKAGES = frozenset({"common", "executor_svc", "scheduler_svc"})
+_OUR_PACKAGES = frozenset({"autoscaler_svc", "common", "executor_svc", "scheduler_svc"})
 _REFUSALS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS", "FAILED_PRECONDITION"})
 
 
@@ -56,12 +56,17 @@ def _sdk_error(error: Exception) -> CommandError:
         if "failed to connect" in message:  # gRPC's own words name every address that a name stands for
             message = f"no server answers: {error.message.rpartition(': ')[2]}"
         what_to_do = "start a server with `paceline serve`, or name one with --server"
+        if "no executor has joined" in message:
+            what_to_do = "start an executor with `paceline executor`, or an autoscaler that does"
     elif status in _REFUSALS:
         exit_code = ExitCode.REFUSED
     if error.retry_after_s is not None:
         what_to_do = f"try again in {error.retry_after_s:g} s"
     elif status == "INTERNAL":
         what_to_do = "report it with the id of the request"
+    elif status == "DEADLINE_EXCEEDED" and "no executor is there" in message:
+        exit_code, what_to_do = ExitCode.REFUSED, "allow more time with --timeout"
+        message = message.rpartition("; ")[0]
     elif status == "DEADLINE_EXCEEDED":
         what_to_do = "allow more time with --timeout, a shorter prompt, or fewer tokens with --max-tokens"
     elif status == "DATA_LOSS":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from paceline_cli.errors import CommandError, ExitCode
 
@@ -78,35 +77,21 @@ def executor_range(
 
 
 def _range_of(path: Path) -> ExecutorRange:
-    """What a scaling file says; the autoscaler checks the rest of it. Without `executors.min` none has to be there."""
-    remedy = "write `executors: {min: 0, max: 4}` into it"
-    executors = _read(path)
-    if not isinstance(executors, dict) or "max" not in executors:
-        raise _wrong(f"{path} has no executors.max, by which this machine is divided", remedy)
-    least, most = executors.get("min", 0), executors["max"]
-    if not _is_count(least, 0) or not _is_count(most, 1):
-        found = f"got min {least!r} and max {most!r}"
-        raise _wrong(f"executors.min of {path} is 0 to {MOST_EXECUTORS} and max 1 to {MOST_EXECUTORS}, {found}", remedy)
-    if least > most:
-        raise _wrong(f"executors.min of {path} is {least}, above executors.max, {most}", remedy)
-    return ExecutorRange(least, most, path)
-
-
-def _read(path: Path) -> Any:
-    """The part `executors` of a scaling file; None where there is none."""
+    """What a scaling file says, checked as the autoscaler checks it. Raises `CommandError`."""
     try:
-        import yaml
+        from autoscaler_svc.scaling_file import ScalingFileError, for_processes, read_scaling_file
     except ImportError as error:
-        raise CommandError("--scaling needs PyYAML", "pip install 'paceline-server[autoscaler]'") from error
+        raise CommandError(
+            "--scaling needs PyYAML and pydantic", "pip install 'paceline-server[autoscaler]'"
+        ) from error
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _wrong(f"cannot read {path}: {error}", "give --scaling a YAML file") from error
-    return content.get("executors") if isinstance(content, dict) else None
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_EXECUTORS
+        settings = for_processes(read_scaling_file(path), str(path))
+    except ScalingFileError as error:
+        raise CommandError(str(error), exit_code=ExitCode.USAGE) from error
+    most = settings.executors.max
+    if most > MOST_EXECUTORS:
+        raise _wrong(f"{path}: executors.max is {most}, one machine has at most {MOST_EXECUTORS}", "lower it")
+    return ExecutorRange(settings.executors.min, most, path)
 
 
 def _wrong(message: str, what_to_do: str) -> CommandError:

@@ -106,7 +106,7 @@ def _run(
             else:
                 from paceline_cli.launcher import launching
 
-                autoscaler = autoscaler_child(wanted.scaling_file_in(sockets), sockets, words)
+                autoscaler = autoscaler_child(wanted.scaling_file_in(sockets), sockets, _above(settings), words)
                 supervisor = Supervisor([scheduler, autoscaler], screen)
                 until_the_end.enter_context(launching(supervisor, executors, launcher_socket(sockets)))
             try:
@@ -121,6 +121,11 @@ def _run(
         _say_ready(served, wanted, dial_address(*public), demo)
         _watch_until_stopped(supervisor, screen, signals)
         _drain(supervisor, settings["drain_timeout_s"], screen, signals)
+
+
+def _above(settings: Settings) -> int:
+    """Port of the autoscaler's metrics: the one above the scheduler's; 0 where that has none."""
+    return settings["metrics_port"] + 1 if settings["metrics_port"] else 0
 
 
 def _refuse_wrong(model: str, settings: Settings) -> None:

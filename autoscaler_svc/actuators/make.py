@@ -17,8 +17,8 @@ def make_actuator(settings: ScalingSettings) -> Actuator | None:
     match settings.actuator:
         case Processes(address=""):
             raise ActuatorError(
-                "the actuator is processes and nothing says where the launcher is; start it with `paceline serve "
-                "--min-executors 0 --max-executors 4`, or name another kind of actuator"
+                "the actuator is processes, which only `paceline serve` has; give it this file with --scaling, or name "
+                "another one in the file: kubernetes, ray or keda"
             )
         case Processes(address=address):
             return ProcessActuator(address)

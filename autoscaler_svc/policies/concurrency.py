@@ -50,11 +50,11 @@ class Concurrency(Setting):
         stable = self._wanted(window, seen.last.executor_count)
         panics = self._panics(seen.since(now - self.stable_window_s - self.panic_window_s), now)
         per_executor = self.target * self.utilization
-        reason = f"{_mean(window):.4g} requests over {self.stable_window_s:g} s, {per_executor:.4g} for each executor"
+        reason = f"{_mean(window):.4g} requests on average of {self.stable_window_s:g} s, {per_executor:.4g} for each"
         if not panics:
             return Wish(self.name, stable, reason)
         wanted = max([stable, seen.last.executor_count, *panics])
-        return Wish(self.name, wanted, f"{reason}; panics at {max(panics)}")
+        return Wish(self.name, wanted, f"{reason}; panics, the short window wants {max(panics)}")
 
     def _wanted(self, window: Sequence[Observation], count: int) -> int:
         wanted = whole(_mean(window) / (self.target * self.utilization))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from autoscaler_svc.observations import Observations
 from autoscaler_svc.policies.policy import Wish
@@ -16,13 +16,22 @@ from autoscaler_svc.settings import Count, Setting
 Day = Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 
 _DAYS: tuple[Day, ...] = get_args(Day)
+_LONG_DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _TIME = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])|24:00")
 
 
-def _check_time(text: str) -> str:
+def _check_time(text: Any) -> Any:
+    if not isinstance(text, str):
+        raise ValueError('a time of the day stands in quotes: "08:30"')
     if not _TIME.fullmatch(text):
         raise ValueError(f'\'{text}\' is no time of the day; write "08:30", up to "24:00"')
     return text
+
+
+def _day(name: Any) -> Any:
+    """Monday, monday and mon are Mon."""
+    short = name[:3].title() if isinstance(name, str) else name
+    return short if short in _DAYS and name.lower() in (short.lower(), *_LONG_DAYS) else name
 
 
 def _check_zone(name: str) -> str:
@@ -33,14 +42,14 @@ def _check_zone(name: str) -> str:
     return name
 
 
-TimeOfDay = Annotated[str, AfterValidator(_check_time)]
+TimeOfDay = Annotated[str, BeforeValidator(_check_time)]
 Zone = Annotated[str, AfterValidator(_check_zone)]
 
 
 class Period(Setting):
     """A time of the day, on some days of the week; over midnight where it ends before it begins."""
 
-    days: Annotated[tuple[Day, ...], Field(min_length=1)] = _DAYS
+    days: Annotated[tuple[Annotated[Day, BeforeValidator(_day)], ...], Field(min_length=1)] = _DAYS
     begin: TimeOfDay = "00:00"
     end: TimeOfDay = "24:00"
     count: Count

@@ -76,6 +76,8 @@ class Slo(Setting):
     wait_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Part of `first_token` that is planned to be spent waiting for a place: the prompt takes time too, and so does bad
     luck."""
+    assumed_requests: Annotated[int, Field(ge=1)] = 16
+    """That one executor is taken to run at once before any was there."""
     quantile: Annotated[Positive, Field(lt=1)] = 0.9
     """Of the arrivals that are planned for."""
 
@@ -99,17 +101,16 @@ class Slo(Setting):
         if not seen.covers(now, self.down_window_s):
             kept = max(kept, seen.first.executor_count)
         count = max(needed, min(kept, last.executor_count))
-        held = f"; {needed} held back by the margin or the window" if count > needed else ""
+        held = f"; {needed} but for the margin or the window" if count > needed else ""
         return Wish(self.name, count, f"{why}; {reason}{held}")
 
     def _without_speed(self, last: Observation) -> Wish:
-        """Nothing was computed yet: one executor, or what the slots say, so that there is something to measure."""
+        """Nothing was computed yet: as many as the slots, or what is assumed, say; then there is something to measure."""
         slots = [executor.slot_count for executor in last.load.ready if executor.slot_count]
         work = last.load.unfinished_request_count
-        if not work and not last.executor_count:
-            return Wish(self.name, 0, "nothing to do, and nothing measured yet")
-        count = max(1, math.ceil(work / fmean(slots))) if slots and work else 1
-        return Wish(self.name, count, f"{work} requests, and nothing measured yet")
+        each = fmean(slots) if slots else self.assumed_requests
+        count = math.ceil(work / each)
+        return Wish(self.name, count, f"unfinished {work}, {each:.4g} for each executor, nothing measured yet")
 
     def _capacity(self, seen: Observations) -> tuple[Capacity | None, str]:
         """What one executor does, by the last moment at which it was known."""

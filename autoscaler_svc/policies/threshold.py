@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from pydantic import model_validator
+
 from autoscaler_svc.load import PoolLoad
 from autoscaler_svc.observations import Observation, Observations
 from autoscaler_svc.policies.policy import Wish, whole
@@ -70,6 +72,12 @@ class Threshold(Setting):
     up: StepLimit = StepLimit()
     down: StepLimit = StepLimit(count=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> Threshold:
+        if self.signal == "block_share" and self.target > 1:
+            raise ValueError(f"target is {self.target:g} and block_share a share, 0 to 1; write {self.target / 100:g}?")
+        return self
+
     @property
     def name(self) -> str:
         """How it is called in logs."""
@@ -98,10 +106,10 @@ class Threshold(Setting):
         highest = max(self._recommended(now, seen, self.down_window_s))
         steady = min(max(current, lowest), highest)  # both windows have this moment in them: lowest <= highest
         if steady != wanted:
-            reason += f"; {wanted} held back by the window"
+            reason += f"; {wanted} but for the window"
         limited = self._limited(now, seen, steady)
         if limited != steady:
-            reason += f"; {steady} held back by the step limit"
+            reason += f"; {steady} but for the step limit"
         return Wish(self.name, limited, reason)
 
     def _recommended(self, now: float, seen: Observations, window_s: float) -> list[int]:

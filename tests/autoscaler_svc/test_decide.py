@@ -171,5 +171,5 @@ def test_a_decision_says_what_it_saw_and_why():
 
     assert decision.seen == "70 waiting, 20 running, 2 ready, 0 of 0 blocks"
     assert decision.reason == (
-        "threshold requests wants 6: requests 90 for 2, target 10 each; 9 held back by the step limit"
+        "threshold requests wants 6: requests 90 for 2, target 10 each; 9 but for the step limit"
     )

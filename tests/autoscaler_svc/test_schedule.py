@@ -54,7 +54,16 @@ def test_begins_early_enough_to_be_ready():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"begin": "8:00"}, {"end": "25:00"}, {"days": ["Monday"]}, {"days": []}, {"count": -1}]
+    "wrong",
+    [
+        {"begin": "8:00"},
+        {"begin": 480},
+        {"end": "25:00"},
+        {"days": ["Monty"]},
+        {"days": "mon-fri"},
+        {"days": []},
+        {"count": -1},
+    ],
 )
 def test_a_wrong_period_is_refused(wrong):
     """A time that is never would keep the pool empty on the day it was made for."""

@@ -108,9 +108,10 @@ def test_one_executor_finds_out_what_nobody_knows_yet():
     """Before the first step has run there is no speed to plan with."""
     run("""
         t 0  ready 0  requests 0   -> 0
-        t 1  ready 0  requests 30  -> 1
-        t 2  ready 1  requests 30  step_us 0  token_us 0  -> 3    # by the slots
-        t 3  ready 1  requests 0   -> 1
+        t 1  ready 0  requests 5   -> 1
+        t 2  ready 0  requests 30  -> 2    # sixteen each, it is assumed
+        t 3  ready 1  requests 30  step_us 0  token_us 0  -> 3    # by the slots
+        t 4  ready 1  requests 0   -> 0
     """)
 
 

@@ -61,7 +61,7 @@ def test_without_a_file_of_the_users_one_is_written(tmp_path: Path):
 def test_the_users_file_says_by_how_many_the_machine_is_divided(tmp_path: Path):
     """It is handed on as it is; an autoscaler is there even where it leaves no choice."""
     path = tmp_path / "mine.yaml"
-    path.write_text("executors: {min: 2, max: 2}\nother: 1\n")
+    path.write_text("executors: {min: 2, max: 2}\n")
     wanted = executor_range(None, None, None, path)
 
     assert (wanted.min_count, wanted.max_count) == (2, 2)
@@ -72,14 +72,15 @@ def test_the_users_file_says_by_how_many_the_machine_is_divided(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "has no executors.max"),
-        ("executors: {min: 1}", "has no executors.max"),
-        ("- 1", "has no executors.max"),
-        ("executors: {max: 0}", "max 1 to 64, got min 0 and max 0"),
-        ("executors: {max: many}", "max 'many'"),
-        ("executors: {max: 100}", "max 100"),
-        ("executors: {min: 3, max: 2}", "is 3, above executors.max, 2"),
-        ("executors: {", "cannot read"),
+        ("", ":1: must be a mapping that has at least executors"),
+        ("executors: {min: 1}", ":1: executors: 'max' is missing"),
+        ("executors: {max: 0}", "executors.max: Input should be greater than or equal to 1, got 0"),
+        ("executors: {max: 100}", "executors.max is 100, one machine has at most 64"),
+        ("executors: {min: 3, max: 2}", "min is 3 and max 2"),
+        ("executors: {max: 3, mix: 1}", "executors.mix: there is no such setting; do you mean 'min' or 'max'?"),
+        ("executors: {max: 3}\nactuator: {kind: keda}\nkeda: {}", "`paceline serve` starts its executors itself"),
+        ("executors: {max: 3}\nnode_types: [{name: big}]", "node_types names 'big'"),
+        ("executors: {", "no YAML"),
     ],
 )
 def test_a_file_without_a_usable_limit_is_refused(tmp_path: Path, content, said):
