@@ -10,7 +10,7 @@ from enum import Enum
 from autoscaler_svc.load import PoolLoad
 from autoscaler_svc.observations import Observations
 from autoscaler_svc.policies.policy import Wish
-from autoscaler_svc.scaling_settings import Bounds, NodeType, ScalingSettings
+from autoscaler_svc.scaling_settings import ScalingSettings, affordable_count
 
 
 class HeldBy(Enum):
@@ -155,17 +155,3 @@ def _keep_within(
     if wanted > affordable:
         return max(bounds.min, int(affordable)), HeldBy.COST
     return wanted, held_by
-
-
-def affordable_count(bounds: Bounds, node_types: Sequence[NodeType]) -> float:
-    """Executors that the money is enough for, the cheapest first."""
-    if bounds.max_cost_per_hour is None:
-        return math.inf
-    left, count = bounds.max_cost_per_hour, 0
-    for node_type in sorted(node_types, key=lambda node_type: node_type.price_per_hour):
-        if not node_type.price_per_hour:
-            count += node_type.max
-            continue
-        several = min(node_type.max, math.floor(left / node_type.price_per_hour + 1e-9))
-        count, left = count + several, left - several * node_type.price_per_hour
-    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 log = structlog.get_logger()
 
 _TIMEOUT_S = 2.0
+_RENEW_EVERY_S = 0.5  # a tenth of the lease: the scheduler refuses by what it was told last
+_LONGEST_START_S = 86400.0
 _START_UP_S = 8.0
 
 
@@ -32,6 +35,7 @@ class FleetClient:
         self._clock = clock
         self._began_at = clock()
         self._held_until = 0.0
+        self._starting_count, self._next_ready_s = 0, 0.0
         self._told = ""
 
     @property
@@ -39,15 +43,27 @@ class FleetClient:
         """Whether this autoscaler has the right to add and remove executors, at this moment."""
         return self._clock() < self._held_until
 
-    async def renew(self, starting_count: int, next_ready_s: float) -> bool:
-        """Take the right to act or keep it, and tell what is to come; returns whether this autoscaler has it.
+    def tell(self, starting_count: int, next_ready_s: float) -> None:
+        """What is to come, for the next renewal: executors that are being started, and the least seconds until one is
+        ready, 0: unknown.
+        """
+        self._starting_count, self._next_ready_s = starting_count, min(next_ready_s, _LONGEST_START_S)
+
+    async def keep(self) -> None:
+        """Renew the right to act until cancelled, whatever else is slow."""
+        while True:
+            await self.renew()
+            await asyncio.sleep(_RENEW_EVERY_S)
+
+    async def renew(self) -> bool:
+        """Take the right to act or keep it; returns whether this autoscaler has it.
 
         It counts from before the call: what the scheduler counts from is later, and so ends later.
         """
         request = fleet_pb2.LeaseScalingRequest(
             holder_id=self._holder_id,
-            starting_executor_count=starting_count,
-            next_ready_ms=round(next_ready_s * 1000),
+            starting_executor_count=self._starting_count,
+            next_ready_ms=round(self._next_ready_s * 1000),
         )
         asked_at = self._clock()
         try:

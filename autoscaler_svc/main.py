@@ -12,7 +12,6 @@ from pathlib import Path
 
 import structlog
 
-from autoscaler_svc.actuators.actuator import Actuator
 from autoscaler_svc.actuators.make import make_actuator
 from autoscaler_svc.arrivals import ArrivalHistory
 from autoscaler_svc.autoscaler import Autoscaler
@@ -116,8 +115,8 @@ class AutoscalerApp:
         holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._watch = LoadWatch(config.scheduler, settings.times.interval_s, settings.targets)
         self._fleet = FleetClient(config.scheduler, holder)
-        self._actuator: Actuator | None = make_actuator(settings)
-        self.autoscaler = Autoscaler(settings, self._fleet, self._actuator, history=_load_history(settings.history))
+        actuator = make_actuator(settings)
+        self.autoscaler = Autoscaler(settings, self._fleet, actuator, history=_load_history(settings.history))
         self._file = SettingsFile(config, self.autoscaler.change_settings)
         self._keda = ExternalScaler(self.autoscaler)
         self._server = Server() if settings.keda is not None else None
@@ -127,14 +126,16 @@ class AutoscalerApp:
         await self._serve_keda()
         loop = asyncio.get_running_loop()
         watching = asyncio.create_task(self._watch.keep())
+        leasing = asyncio.create_task(self._fleet.keep())
         stop = asyncio.create_task(stopping.wait())
         saved_at = loop.time()
         try:
             while not stopping.is_set():
                 coming = asyncio.create_task(self._watch.next(2 * self.autoscaler.settings.times.interval_s))
-                await asyncio.wait((coming, stop, watching), return_when=asyncio.FIRST_COMPLETED)
-                if watching.done():
-                    watching.result()  # a bug: it goes on until it is cancelled
+                await asyncio.wait((coming, stop, watching, leasing), return_when=asyncio.FIRST_COMPLETED)
+                for keeping in (watching, leasing):
+                    if keeping.done():
+                        keeping.result()  # a bug: it goes on until it is cancelled
                 if stopping.is_set():
                     coming.cancel()
                     break
@@ -144,14 +145,14 @@ class AutoscalerApp:
                     saved_at = loop.time()
                     await asyncio.to_thread(self._save_history)
         finally:
-            for task in (watching, stop):
+            for task in (watching, leasing, stop):
                 task.cancel()
-            await asyncio.gather(watching, stop, return_exceptions=True)
+            await asyncio.gather(watching, leasing, stop, return_exceptions=True)
+            if self.autoscaler.hands is not None:
+                await self.autoscaler.hands.close()
             await asyncio.to_thread(self._save_history)
             await self._leave_keda()
             await self._fleet.close()
-            if self._actuator is not None:
-                await self._actuator.close()
 
     async def _serve_keda(self) -> None:
         keda = self.autoscaler.settings.keda

@@ -64,28 +64,30 @@ class AutoscalerMetrics(Collector):
         )
 
     def _events(self) -> Iterator[Metric]:
-        counts = self._autoscaler.counts
+        hands = self._autoscaler.hands
         decisions = CounterMetricFamily(
             "paceline_autoscaler_decisions", "Decisions that changed something.", labels=["direction", "held_by"]
         )
-        for (direction, held_by), count in list(counts.decisions.items()):
+        for (direction, held_by), count in list(self._autoscaler.decision_counts.items()):
             decisions.add_metric([direction, held_by], count)
         yield decisions
+        if hands is None:
+            return
         actions = CounterMetricFamily(
             "paceline_autoscaler_actions", "Actions and what came of them.", labels=["action", "outcome"]
         )
-        for (action, outcome), count in list(counts.actions.items()):
+        for (action, outcome), count in list(hands.counts.by_outcome.items()):
             actions.add_metric([action, outcome], count)
         yield actions
         yield CounterMetricFamily(
             "paceline_autoscaler_never_ready",
             "Executors that were replaced before they took requests.",
-            counts.never_ready,
+            hands.counts.never_ready,
         )
         yield GaugeMetricFamily(
             "paceline_autoscaler_actuator_works",
             "Whether the actuator did what it was asked for last.",
-            float(not self._autoscaler.actuator_error),
+            float(not hands.errors),
         )
 
     def _cost(self) -> Iterator[Metric]:

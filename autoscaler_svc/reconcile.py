@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Sightings:
         here = {one.executor_id for one in launched}
         fleet = {executor.executor_id: executor for executor in load.executors}
         for name in here & fleet.keys():
-            self.joined_at[name] = now
+            if fleet[name].state is not ExecutorState.CONNECTING:  # who never gets any further never becomes ready
+                self.joined_at[name] = now
         down = {one.executor_id for one in launched if not one.is_running and one.last_failure}
         draining = {one.executor_id for one in launched if is_leaving(one, fleet.get(one.executor_id))}
         for known, present in ((self.joined_at, here), (self.down_since, down), (self.draining_since, draining)):
@@ -84,12 +86,20 @@ class Pauses:
 
     failure_counts: Counter[str] = field(default_factory=Counter)
     until: dict[str, float] = field(default_factory=dict)
+    _failed_now: set[str] = field(default_factory=set)  # in this round: several at once are one failure
+
+    def begin_round(self) -> None:
+        """Another look: what fails now is a failure of its own."""
+        self._failed_now.clear()
 
     def note_failure(self, node_type: str, now: float) -> float:
-        """An executor could not be started, or never became ready; returns the pause in seconds.
+        """An executor could not be started, or never became ready; returns the pause in seconds, 0: it is known.
 
         Example: failures in a row pause 5, 10, 20 s, and so on up to 300.
         """
+        if node_type in self._failed_now:
+            return 0.0
+        self._failed_now.add(node_type)
         self.failure_counts[node_type] += 1
         pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (min(self.failure_counts[node_type], 16) - 1))
         self.until[node_type] = now + pause_s
@@ -115,19 +125,22 @@ class Standing:
     stuck: tuple[Launched, ...]  # will not
     leaving: tuple[Launched, ...]  # drain, or have
     strangers: tuple[ExecutorLoad, ...]  # take requests, and somebody else started them
+    launching: Counter[str] = field(default_factory=Counter)  # by node type; asked for, and nobody knows them yet
 
     @property
     def count(self) -> int:
         """Executors that are there or on their way."""
-        return len(self.ready) + len(self.starting) + len(self.strangers)
+        return len(self.ready) + len(self.starting) + len(self.strangers) + self.launching.total()
 
     def capacity(self, node_types: Sequence[NodeType]) -> float:
         """What they do, in executors of capacity 1. Of strangers nobody knows more than that they are there."""
-        return sum(_capacity(one, node_types) for one in (*self.ready, *self.starting)) + len(self.strangers)
+        known = sum(_capacity(one.node_type, node_types) for one in (*self.ready, *self.starting))
+        coming = sum(count * _capacity(name, node_types) for name, count in self.launching.items())
+        return known + coming + len(self.strangers)
 
 
-def _capacity(one: Launched, node_types: Sequence[NodeType]) -> float:
-    return next((node_type.capacity for node_type in node_types if node_type.name == one.node_type), 1.0)
+def _capacity(name: str, node_types: Sequence[NodeType]) -> float:
+    return next((node_type.capacity for node_type in node_types if node_type.name == name), 1.0)
 
 
 def is_leaving(one: Launched, executor: ExecutorLoad | None) -> bool:
@@ -145,25 +158,25 @@ def standing(
 ) -> Standing:
     """Where everybody is `now`; `sightings` have looked at the same."""
     fleet = {executor.executor_id: executor for executor in load.executors}
-    is_over = now - sightings.began_at > _LATE_AT_LEAST_S  # before it this autoscaler knows too little
     groups: dict[str, list[Launched]] = {name: [] for name in ("ready", "starting", "late", "stuck", "leaving")}
     late_after_s = max(_LATE_AT_LEAST_S, _LATE_FACTOR * startup_s) if startup_s else settings.times.startup_limit_s
     for one in launched:
         executor = fleet.get(one.executor_id)
-        launched_at = max(now - one.age_s, sightings.joined_at.get(one.executor_id, now - one.age_s))
-        waited_s = now - launched_at
+        # Of the time before this autoscaler nobody knows whether the executor was ready then.
+        waited_s = now - max(now - one.age_s, sightings.began_at, sightings.joined_at.get(one.executor_id, 0.0))
         down_s = now - sightings.down_since.get(one.executor_id, now)
         if is_leaving(one, executor):
             groups["leaving"].append(one)
         elif executor is not None and executor.state is ExecutorState.READY:
             groups["ready"].append(one)
-        elif down_s > _DOWN_LIMIT_S or (is_over and waited_s > settings.times.startup_limit_s):
+        elif down_s > _DOWN_LIMIT_S or waited_s > settings.times.startup_limit_s:
             groups["stuck"].append(one)
         else:
             groups["late" if waited_s > late_after_s else "starting"].append(one)
     names = {one.executor_id for one in launched}
     strangers = tuple(executor for executor in load.ready if executor.executor_id not in names)
-    return Standing(**{name: tuple(members) for name, members in groups.items()}, strangers=strangers)
+    ready, starting, late, stuck, leaving = (tuple(members) for members in groups.values())
+    return Standing(ready, starting, late, stuck, leaving, strangers)
 
 
 def actions(
@@ -210,13 +223,22 @@ def _see_off(
 def _launch(now: float, missing: float, there: Standing, pauses: Pauses, settings: ScalingSettings) -> Iterable[Action]:
     """Start what is missing, at the least cost. Who is late or stuck is no capacity, and still takes a place."""
     node_types = settings.kinds_of_nodes
-    members = [*there.ready, *there.starting, *there.late, *there.stuck]
-    room = settings.executors.max - len(there.strangers) - sum(_capacity(one, node_types) for one in members)
+    groups = (there.ready, there.starting, there.late, there.stuck, there.leaving)
+    members = Counter(one.node_type for group in groups for one in group)
+    members += there.launching
+    taken = sum(count * _capacity(name, node_types) for name, count in members.items())
+    room = settings.executors.max - len(there.strangers) - taken
     open_types = [node_type for node_type in node_types if not pauses.holds(node_type.name, now)]
-    chosen = cheapest(min(missing, room), open_types, Counter(one.node_type for one in members))
+    chosen = cheapest(min(missing, room), open_types, members)
+    prices = {node_type.name: node_type.price_per_hour for node_type in node_types}
+    limit = settings.executors.max_cost_per_hour
+    money = math.inf if limit is None else limit - sum(count * prices.get(name, 0.0) for name, count in members.items())
     why = f"{there.capacity(node_types) + missing:g} wanted, {there.capacity(node_types):g} there"
-    for node_type in chosen.elements():
-        yield Launch(node_type, why)
+    for name in sorted(chosen.elements(), key=lambda name: prices[name]):
+        money -= prices[name]
+        if money < -_ROUNDING:
+            return
+        yield Launch(name, why)
 
 
 def _take_away(surplus: float, load: PoolLoad, there: Standing, settings: ScalingSettings) -> Iterable[Action]:
@@ -227,15 +249,15 @@ def _take_away(surplus: float, load: PoolLoad, there: Standing, settings: Scalin
     capacity = there.capacity(node_types)
     why = f"{capacity - surplus:g} wanted, {capacity:g} there"
     for one in sorted(there.starting, key=lambda one: (one.age_s, one.executor_id)):
-        if _capacity(one, node_types) <= surplus + _ROUNDING:
+        if _capacity(one.node_type, node_types) <= surplus + _ROUNDING:
             yield Terminate(one.executor_id, why)
-            surplus -= _capacity(one, node_types)
+            surplus -= _capacity(one.node_type, node_types)
     fleet = {executor.executor_id: executor for executor in load.executors}
     prices = {node_type.name: node_type for node_type in node_types}
     for one in sorted(there.ready, key=lambda one: _loss(one, fleet[one.executor_id], prices)):
-        if _capacity(one, node_types) > surplus + _ROUNDING:
+        if _capacity(one.node_type, node_types) > surplus + _ROUNDING:
             continue
-        surplus -= _capacity(one, node_types)
+        surplus -= _capacity(one.node_type, node_types)
         executor = fleet[one.executor_id]
         yield Drain(
             one.executor_id,

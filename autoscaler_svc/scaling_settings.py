@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,7 +75,7 @@ class NodeType(Setting):
     name: Annotated[str, Field(min_length=1, max_length=63)]
     price_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Of one executor, in whatever money."""
-    capacity: Positive = 1.0
+    capacity: Annotated[float, Field(ge=0.05, le=1000)] = 1.0
     """What an executor on it does, in executors of the first type."""
     max: Annotated[int, Field(ge=0, le=10_000)] = 10_000
 
@@ -93,6 +95,12 @@ class Kubernetes(Setting):
     namespace: str = "default"
     deployments: Annotated[dict[str, str], Field(min_length=1)]
     """Deployment of each node type."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Kubernetes:
+        if len(set(self.deployments.values())) < len(self.deployments):
+            raise ValueError("two node types have the same Deployment; give each its own")
+        return self
 
 
 class Ray(Setting):
@@ -136,28 +144,8 @@ class ScalingSettings(Setting):
 
     @model_validator(mode="after")
     def _check(self) -> ScalingSettings:
-        names = [node_type.name for node_type in self.node_types]
-        if len(set(names)) < len(names):
-            raise ValueError(f"node_types has a name twice: {', '.join(names)}")
-        if isinstance(self.actuator, Processes) and names not in ([], [LOCAL]):
-            raise ValueError(
-                f"node_types names '{next(name for name in names if name != LOCAL)}', and the actuator is processes, "
-                f"all of which run on this machine; name one, {LOCAL}, or another actuator"
-            )
-        least = self.executors.min * min((node_type.price_per_hour for node_type in self.node_types), default=0.0)
-        most = self.executors.max_cost_per_hour
-        if most is not None and least > most:
-            raise ValueError(
-                f"executors.min is {self.executors.min}, which costs {least:g} an hour at least, and max_cost_per_hour "
-                f"is {most:g}; lower the one or raise the other"
-            )
-        if isinstance(self.actuator, Kubernetes) and names and set(names) != set(self.actuator.deployments):
-            raise ValueError(
-                f"actuator.deployments names {', '.join(sorted(self.actuator.deployments))} and node_types "
-                f"{', '.join(sorted(names))}; name the same in both"
-            )
-        if isinstance(self.actuator, Keda) and self.keda is None:
-            raise ValueError("the actuator is keda and nothing says where KEDA asks; add keda: {listen: 0.0.0.0:50071}")
+        for check in (_check_names, _check_counts, _check_keda):
+            check(self)
         return self
 
     @property
@@ -167,6 +155,8 @@ class ScalingSettings(Setting):
             return self.node_types
         if isinstance(self.actuator, Kubernetes):
             return tuple(NodeType(name=name) for name in self.actuator.deployments)
+        if isinstance(self.actuator, Ray) and self.actuator.resources:
+            return tuple(NodeType(name=name) for name in self.actuator.resources)
         return (NodeType(name=LOCAL),)
 
     @property
@@ -183,3 +173,66 @@ class ScalingSettings(Setting):
         return [
             f"{empty[0]} is empty as soon as there are enough executors: alone it takes them away again; add a policy"
         ]
+
+
+def _check_names(settings: ScalingSettings) -> None:
+    """Node types are the actuator's. Raises `ValueError`."""
+    names, actuator = [node_type.name for node_type in settings.node_types], settings.actuator
+    if len(set(names)) < len(names):
+        raise ValueError(f"node_types has a name twice: {', '.join(names)}")
+    others = [name for name in names if name != LOCAL]
+    if isinstance(actuator, Processes) and others:
+        raise ValueError(
+            f"node_types names '{others[0]}', and the actuator is processes, all of which run on this machine; name "
+            f"one, {LOCAL}, or another actuator"
+        )
+    known: dict[str, Any] = {}
+    if isinstance(actuator, Kubernetes):
+        field_name, known = "deployments", dict(actuator.deployments)
+    elif isinstance(actuator, Ray):
+        field_name, known = "resources", dict(actuator.resources)
+    if known and names and set(names) != known.keys():
+        raise ValueError(
+            f"actuator.{field_name} names {', '.join(sorted(known))} and node_types {', '.join(sorted(names))}; name "
+            f"the same in both"
+        )
+
+
+def _check_counts(settings: ScalingSettings) -> None:
+    """What has to be there can be, and can be paid. Raises `ValueError`."""
+    bounds, node_types = settings.executors, settings.kinds_of_nodes
+    possible = sum(node_type.max * node_type.capacity for node_type in node_types)
+    if bounds.min > possible:
+        raise ValueError(
+            f"executors.min is {bounds.min}, and all node types together have at most {possible:g}; raise their max"
+        )
+    if bounds.max_cost_per_hour is None:
+        return
+    if not any(node_type.price_per_hour for node_type in node_types):
+        raise ValueError("executors.max_cost_per_hour is set and no node type has a price; add price_per_hour")
+    affordable = affordable_count(bounds, node_types)
+    if bounds.min > affordable:
+        raise ValueError(
+            f"executors.min is {bounds.min}, and max_cost_per_hour, {bounds.max_cost_per_hour:g}, is enough for "
+            f"{affordable:g}; lower the one or raise the other"
+        )
+
+
+def _check_keda(settings: ScalingSettings) -> None:
+    """Somebody who asks has to have an address. Raises `ValueError`."""
+    if isinstance(settings.actuator, Keda) and settings.keda is None:
+        raise ValueError("the actuator is keda and nothing says where KEDA asks; add keda: {listen: 0.0.0.0:50071}")
+
+
+def affordable_count(bounds: Bounds, node_types: Sequence[NodeType]) -> float:
+    """Executors, in those of capacity 1, that the money is enough for: the cheapest for what they do first."""
+    if bounds.max_cost_per_hour is None:
+        return math.inf
+    left, capacity = bounds.max_cost_per_hour, 0.0
+    for node_type in sorted(node_types, key=lambda node_type: node_type.price_per_hour / node_type.capacity):
+        if not node_type.price_per_hour:
+            capacity += node_type.max * node_type.capacity
+            continue
+        several = min(node_type.max, math.floor(left / node_type.price_per_hour + 1e-9))
+        capacity, left = capacity + several * node_type.capacity, left - several * node_type.price_per_hour
+    return math.floor(capacity + 1e-9)

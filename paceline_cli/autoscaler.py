@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autoscaler_svc.scaling_settings import ScalingSettings
 
 _ANSWER_S = 5.0
+_OBSERVED_S = 1.0
 
 File = Annotated[Path, typer.Argument(help="The scaling file.", metavar="FILE", show_default=False)]
 Scheduler = Annotated[str, flag("--scheduler", "Address of the scheduler.", "-s", "--server", metavar="ADDRESS")]
@@ -75,7 +76,8 @@ def run(
 def explain(file: File, scheduler: Scheduler = DEFAULT_SERVER, launcher: Launcher = "") -> None:
     """Show what the policies of a file would do now, without doing it.
 
-    As if the load had been for ever as it is at this moment: windows and cooldowns, which look back, hold nothing back.
+    As if the load had been for ever as it is at this moment, and requests came as in the last second: windows and
+    cooldowns, which look back, hold nothing back.
 
     [dim]$[/] paceline autoscaler explain scaling.yaml
     """
@@ -89,18 +91,20 @@ def explain(file: File, scheduler: Scheduler = DEFAULT_SERVER, launcher: Launche
         settings = read_settings(AutoscalerConfig(file, scheduler, launcher))
     except ScalingFileError as error:
         raise CommandError(str(error), exit_code=ExitCode.USAGE) from error
-    load, launched = asyncio.run(_look(settings, scheduler))
+    load, launched, arriving_per_s = asyncio.run(_look(settings, scheduler))
     ready = {executor.executor_id for executor in load.ready}
     starting_count = sum(not one.is_retired and one.executor_id not in ready for one in launched)
-    decision = decide_now(settings, load, starting_count, time.time())
+    decision = decide_now(settings, load, starting_count, time.time(), arriving_per_s)
     terminal.stdout().print(_table(decision, settings))
     for line in settings.advice:
         terminal.stdout().print(line, style="yellow", markup=False)
     terminal.stdout().print(f"{load.model}: {decision.seen}, {starting_count} starting", style="dim", markup=False)
 
 
-async def _look(settings: ScalingSettings, scheduler: str) -> tuple[PoolLoad, list[Launched]]:
-    """The load now, and who was launched, where an actuator can say that from here. Raises `CommandError`."""
+async def _look(settings: ScalingSettings, scheduler: str) -> tuple[PoolLoad, list[Launched], float]:
+    """The load now, who was launched, where an actuator can say that from here, and arrivals per second, of the last
+    second. Raises `CommandError`.
+    """
     from autoscaler_svc.actuators.actuator import ActuatorError
     from autoscaler_svc.actuators.make import make_actuator
     from autoscaler_svc.observe import LoadWatch
@@ -108,21 +112,26 @@ async def _look(settings: ScalingSettings, scheduler: str) -> tuple[PoolLoad, li
     watch = LoadWatch(scheduler, settings.times.interval_s, settings.targets)
     watching = asyncio.create_task(watch.keep())
     try:
-        load = await watch.next(_ANSWER_S)
+        first, began_at = await watch.next(_ANSWER_S), time.monotonic()
+        load = first
+        while load is not None and time.monotonic() - began_at < _OBSERVED_S:
+            load = await watch.next(_ANSWER_S)
+        seconds = time.monotonic() - began_at
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-    if load is None:
+    if load is None or first is None:
         message = f"{scheduler} does not tell its load within {_ANSWER_S:g} s"
         raise CommandError(message, "is it a scheduler, and the line to it open?", exit_code=ExitCode.UNREACHABLE)
+    arriving_per_s = (load.arrived_request_count - first.arrived_request_count) / seconds
     try:
         actuator = make_actuator(settings)
     except ActuatorError:
-        return load, []  # a file for `paceline serve`, looked at from outside
+        return load, [], arriving_per_s  # a file for `paceline serve`, looked at from outside
     if actuator is None:
-        return load, []
+        return load, [], arriving_per_s
     try:
-        return load, list(await actuator.list())
+        return load, list(await actuator.list()), arriving_per_s
     except ActuatorError as error:
         raise CommandError(f"the actuator does not say who is there: {error}") from error
     finally:

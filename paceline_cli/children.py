@@ -87,7 +87,7 @@ def autoscaler_child(
     addresses = ("--scheduler", scheduler_socket(sockets), "--launcher", launcher_socket(sockets))
     metrics = ("--metrics-port", str(metrics_port))  # PACELINE_METRICS_PORT, which it would inherit, is the scheduler's
     command = paceline_command("autoscaler", "run", str(scaling_file), *addresses, *metrics, *more_words)
-    return ChildCommand("autoscaler", command)
+    return ChildCommand("autoscaler", command, is_vital=False)  # without it the executors stay as they are
 
 
 def check_settings(model: str, settings: Settings) -> None:

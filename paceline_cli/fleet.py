@@ -389,7 +389,8 @@ def _state_of(executor: pb.Executor) -> tuple[str, str]:
 def _state_line(seen: pb.ListExecutorsResponse) -> str:
     """What there is to say about the scheduler itself."""
     waiting = f"{_count(seen.waiting_request_count, 'request')} waiting"
-    return f"{waiting} · epoch {seen.epoch} · journal {_durability(seen)}"
+    scaled = f" · scaled by {seen.scaling_holder_id}" if seen.scaling_holder_id else ""
+    return f"{waiting} · epoch {seen.epoch} · journal {_durability(seen)}{scaled}"
 
 
 def _durability(seen: pb.ListExecutorsResponse) -> str:

@@ -50,7 +50,8 @@ class Launcher(services.LauncherServiceServicer):
             taken = {child.name for child in self._supervisor.added}
             command = next((command for command in self._commands if command.name not in taken), None)
             if command is None:
-                message = f"all {len(self._commands)} executors that this machine is divided by are there; restart serve for more"
+                count = len(self._commands)
+                message = f"all {count} executors that this machine is divided by are there; restart serve for more"
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
             assert command is not None
             try:

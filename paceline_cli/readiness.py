@@ -26,9 +26,10 @@ class ReadinessProbe:
     """Asks the scheduler whether it serves and enough executors have joined."""
 
     def __init__(self, address: str, least_count: int = 1) -> None:
-        """Ask at `address`. With a `least_count` of 0 a scheduler without executors will do: requests wait for one."""
+        """Ask at `address`. With a `least_count` of 0 an autoscaler will do: requests wait for an executor then."""
         import grpc
 
+        from paceline.v1.fleet_pb2_grpc import FleetServiceStub
         from paceline.v1.inference_pb2_grpc import InferenceServiceStub
 
         # The server is expected any moment: look for it often.
@@ -36,6 +37,7 @@ class ReadinessProbe:
         self._least_count = min(1, least_count)  # the first one makes it ready; the others may come later
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub = InferenceServiceStub(self._channel)
+        self._fleet = FleetServiceStub(self._channel)
 
     def __enter__(self) -> ReadinessProbe:
         return self
@@ -47,14 +49,16 @@ class ReadinessProbe:
         """What is served; None while there is nobody to serve it."""
         import grpc
 
+        from paceline.v1.fleet_pb2 import ListExecutorsRequest
         from paceline.v1.inference_pb2 import GetModelRequest
 
         try:
             model = self._stub.GetModel(GetModelRequest(), timeout=timeout_s).model
+            fleet = self._fleet.ListExecutors(ListExecutorsRequest(), timeout=timeout_s)
         except grpc.RpcError:
             return None
-        if model.executor_count < self._least_count:
-            return None
+        if model.executor_count < self._least_count or not (model.executor_count or fleet.scaling_holder_id):
+            return None  # without an autoscaler nobody would hold a request
         return ServedModel(model.name, model.context_length, model.executor_count, model.has_chat_template)
 
 

@@ -31,6 +31,7 @@ class ChildCommand:
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)  # added to the supervisor's own
+    is_vital: bool = True  # nothing works without it; one that is not is started again for ever, once all was ready
     end_within_s: float = 35.0  # how long it may take to leave when it is terminated; then it is killed
 
 
@@ -101,6 +102,7 @@ class Child:
 
     def __init__(self, command: ChildCommand, observer: SupervisorObserver, *, is_added: bool = False) -> None:
         self.name = command.name
+        self.is_vital = command.is_vital
         self.is_added = is_added  # came on demand: the others go on when it cannot be kept alive
         self.is_retired = False  # not started again; forgotten when its process has ended
         self.is_given_up = False  # not started again; listed until somebody ends it
@@ -333,11 +335,12 @@ class Supervisor:
         if settled:
             child.quick_death_count = 0
         ended = _how_it_ended(code)
-        if code == ExitCode.USAGE:
+        can_do_without = self.ready and not child.is_vital
+        if code == ExitCode.USAGE and not can_do_without:
             self._give_up(child, ended)
             return
         asked = code in (0, -signal.SIGKILL, -signal.SIGTERM) and self.ready  # drained, or killed from outside
-        self._plan_restart(child, ended, now, may_give_up=not asked)
+        self._plan_restart(child, ended, now, may_give_up=not (asked or can_do_without))
 
     def _plan_restart(self, child: Child, ended: str, now: float, *, may_give_up: bool) -> None:
         child.quick_death_count += 1

@@ -64,6 +64,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             epoch=self._fleet.epoch,
             durability=_DURABILITIES[self._journal.durability],
             journal_bytes=self._journal.byte_count,
+            scaling_holder_id=self._scaling.holder(time.monotonic()),
         )
 
     async def Drain(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from autoscaler_svc.observations import Observation, Observations
 from autoscaler_svc.policies.policy import Wish, whole
@@ -32,6 +32,14 @@ class Concurrency(Setting):
     panic_threshold: Rate = 2.0
     up_rate: Rate = 1000.0
     down_rate: Rate = 2.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Concurrency:
+        if self.panic_window_s > self.stable_window_s:
+            raise ValueError(
+                f"panic_window is {self.panic_window_s:g} s, stable_window {self.stable_window_s:g} s; make it shorter"
+            )
+        return self
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from autoscaler_svc.observations import Observations
 from autoscaler_svc.policies.policy import Wish
@@ -53,6 +53,12 @@ class Period(Setting):
     begin: TimeOfDay = "00:00"
     end: TimeOfDay = "24:00"
     count: Count
+
+    @model_validator(mode="after")
+    def _check(self) -> Period:
+        if self.begin == "24:00":
+            raise ValueError("begin is 24:00, which no day reaches; write 00:00")
+        return self
 
     def holds(self, moment: datetime) -> bool:
         """Whether a moment, local time, is in it.

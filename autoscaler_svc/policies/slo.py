@@ -105,7 +105,7 @@ class Slo(Setting):
         return Wish(self.name, count, f"{why}; {reason}{held}")
 
     def _without_speed(self, last: Observation) -> Wish:
-        """Nothing was computed yet: as many as the slots, or what is assumed, say; then there is something to measure."""
+        """Nothing was computed yet: as many as the slots, or what is assumed, say; then there is a speed."""
         slots = [executor.slot_count for executor in last.load.ready if executor.slot_count]
         work = last.load.unfinished_request_count
         each = fmean(slots) if slots else self.assumed_requests
@@ -114,23 +114,24 @@ class Slo(Setting):
 
     def _capacity(self, seen: Observations) -> tuple[Capacity | None, str]:
         """What one executor does, by the last moment at which it was known."""
-        for one in reversed(list(seen)):
-            load = one.load
-            prompt = load.mean_prompt_token_count * (1 - self._reused_share(seen))
-            known = [
-                capacity
-                for executor in load.ready
-                if (capacity := Capacity.of(executor, prompt, load.mean_output_token_count, self.per_token_s))
-            ]
-            if known and load.mean_output_token_count:
-                each = one.mean_capacity
-                mean = Capacity(
-                    fmean(c.concurrency for c in known) / each,
-                    fmean(c.requests_per_s for c in known) / each,
-                    fmean(c.cache_token_count for c in known) / each,
-                )
-                return mean, f"an executor runs {mean.concurrency:.4g} at once, {mean.requests_per_s:.3g}/s"
-        return None, ""
+        one = seen.with_speed
+        if one is None:
+            return None, ""
+        prompt = one.load.mean_prompt_token_count * (1 - self._reused_share(seen))
+        known = [
+            capacity
+            for executor in one.load.ready
+            if (capacity := Capacity.of(executor, prompt, one.load.mean_output_token_count, self.per_token_s))
+        ]
+        if not known:
+            return None, ""
+        each = one.mean_capacity
+        mean = Capacity(
+            fmean(capacity.concurrency for capacity in known) / each,
+            fmean(capacity.requests_per_s for capacity in known) / each,
+            fmean(capacity.cache_token_count for capacity in known) / each,
+        )
+        return mean, f"an executor runs {mean.concurrency:.4g} at once, {mean.requests_per_s:.3g}/s"
 
     @staticmethod
     def _reused_share(seen: Observations) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from autoscaler_svc.load import PoolLoad
 from autoscaler_svc.observations import Observation, Observations
@@ -47,6 +47,12 @@ class StepLimit(Setting):
     percent: Count = 100
     period_s: Window = 15.0
 
+    @model_validator(mode="after")
+    def _check(self) -> StepLimit:
+        if not self.count and not self.percent:
+            raise ValueError("count and percent are both 0, and nothing could ever change; raise one of them")
+        return self
+
     def room(self, start_count: int) -> int:
         """Executors that may come or go, where there were so many at the beginning of the period.
 
@@ -66,7 +72,7 @@ class Threshold(Setting):
     kind: Literal["threshold"] = "threshold"
     signal: Signal = "requests"
     target: Positive
-    tolerance: float = 0.1
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.1
     up_window_s: Window = 0.0
     down_window_s: Window = 300.0
     up: StepLimit = StepLimit()

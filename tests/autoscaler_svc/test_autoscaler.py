@@ -1,6 +1,7 @@
 """The loop, with a scheduler and an actuator that are simple and real enough to be wrong."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,11 @@ class House:
         self.startup_s = 4.0
         self.requests = 0
         self.arrived_count = 0
-        self.may_act = True
+        self.may = True
+        self.answers: Iterator[bool] | None = None  # of the next questions whether it may act
+        self.launch_takes: asyncio.Event | None = None  # to be set when launches are to be answered
+        self.asked_count = 0
+        self.survivors = False  # terminated executors go on
         self.launch_error: Exception | None = None
         self.list_error: Exception | None = None
         self.launched: dict[str, float] = {}
@@ -55,9 +60,12 @@ class House:
 
     # --- the scheduler ---
 
-    async def renew(self, starting_count: int, next_ready_s: float) -> bool:
+    @property
+    def may_act(self) -> bool:
+        return self.may if self.answers is None else next(self.answers, False)
+
+    def tell(self, starting_count: int, next_ready_s: float) -> None:
         self.told.append((starting_count, next_ready_s))
-        return self.may_act
 
     async def drain(self, executor_id: str, finish_within_s: float) -> None:
         if executor_id not in self.ready():
@@ -95,8 +103,11 @@ class House:
         ]
 
     async def launch(self, node_type: str) -> str:
+        self.asked_count += 1
         if self.launch_error:
             raise self.launch_error
+        if self.launch_takes:
+            await self.launch_takes.wait()
         name = f"{node_type}-{len(self.done)}"
         self.launched[name] = self.now
         self.done.append(f"launch {name}")
@@ -106,7 +117,8 @@ class House:
         self.retired.add(executor_id)
 
     async def terminate(self, executor_id: str) -> None:
-        self.launched.pop(executor_id, None)
+        if not self.survivors:
+            self.launched.pop(executor_id, None)
         self.done.append(f"terminate {executor_id}")
 
     async def close(self) -> None:
@@ -146,10 +158,10 @@ async def test_follows_the_load_up_and_down_to_nothing():
 async def test_without_the_right_to_act_nothing_is_done():
     """Two autoscalers must not fight: the second one watches."""
     house = House()
-    house.may_act = False
+    house.may = False
 
     assert await house.pass_time(5, requests=30) == []
-    house.may_act = True
+    house.may = True
     assert len(await house.pass_time(1)) == 3
 
 
@@ -187,7 +199,7 @@ async def test_errors_of_the_actuator_are_said_once_and_tried_again():
     errors = [line for line in logs if line["event"] == "the actuator failed"]
     assert [line["reason"] for line in errors] == ["no quota"] * len(errors)
     assert len(errors) == 1
-    assert house.autoscaler.counts.actions["launch", "error"] <= 3  # after pauses of 5 and 10 s
+    assert house.autoscaler.hands.counts.by_outcome["launch", "error"] <= 3  # after pauses of 5 and 10 s
     house.launch_error = None
     assert await house.pass_time(40) != []
 
@@ -199,10 +211,69 @@ async def test_an_actuator_that_does_not_list_changes_nothing_that_is_known():
     house.list_error = ActuatorError("the API server is away")
 
     assert await house.pass_time(10) == []
-    assert house.autoscaler.actuator_error == "the API server is away"
+    assert house.autoscaler.hands.errors == {"list": "the API server is away"}
     house.list_error = None
     await house.pass_time(1)
-    assert house.autoscaler.actuator_error == ""
+    assert house.autoscaler.hands.errors == {}
+
+
+async def test_launches_nothing_by_an_old_list():
+    """What was just launched is not on it: it would be launched again with every look."""
+    house = House(FILE.replace("max: 3", "max: 9"))
+    await house.pass_time(10, requests=15)
+    house.list_error = ActuatorError("timed out")
+
+    assert await house.pass_time(60, requests=80) == []
+    house.list_error = None
+    assert [line.split()[0] for line in await house.pass_time(1)] == ["launch"] * 4  # which is the step limit
+
+
+async def test_the_age_of_an_executor_is_no_start():
+    """Learnt as one it would be the horizon of every forecast, and deadlines of hours would be refused by it."""
+    house = House()
+    await house.pass_time(10, requests=25)
+    house.now += 5000
+    house.draining.clear()
+    launched, house.launched = house.launched, dict.fromkeys(house.launched, house.now + 3)  # all were killed
+    house.start()
+    house.list_error = ActuatorError("not yet")
+    await house.pass_time(3)
+    house.list_error, house.launched = None, launched
+    await house.pass_time(10)
+
+    assert house.autoscaler.startup.typical_s == 0
+
+
+async def test_a_slow_launch_is_asked_for_once_and_holds_up_nobody():
+    """A cloud takes ten seconds to answer, and the load has changed by then."""
+    house = House()
+    house.launch_takes = asyncio.Event()
+
+    await house.pass_time(3, requests=8)
+    assert house.asked_count == 1
+    assert house.autoscaler.decision.wanted == 1
+    house.launch_takes.set()
+    await house.pass_time(1)
+    assert len(house.launched) == 1
+
+
+async def test_what_was_begun_is_not_done_by_somebody_who_may_not_any_more():
+    """Another autoscaler acts by now."""
+    house = House()
+    house.answers = iter([True])  # when the round looks; no longer when the action does
+
+    assert await house.pass_time(1, requests=8) == []
+
+
+async def test_an_executor_that_takes_long_to_die_is_counted_once():
+    """Each look ends it again; pauses that grew with each would stop every launch."""
+    house = House()
+    house.startup_s = 1e9
+    house.survivors = True
+    await house.pass_time(1, requests=8)
+    await house.pass_time(100)
+
+    assert house.autoscaler.hands.counts.never_ready == 1
 
 
 async def test_no_room_is_counted_as_what_it_is():
@@ -211,7 +282,7 @@ async def test_no_room_is_counted_as_what_it_is():
     house.launch_error = NoRoomError("at most 2")
     await house.pass_time(2, requests=30)
 
-    assert house.autoscaler.counts.actions["launch", "no room"] >= 1
+    assert house.autoscaler.hands.counts.by_outcome["launch", "no room"] >= 1
 
 
 async def test_learns_how_long_a_start_takes_and_tells_the_scheduler():
@@ -240,16 +311,16 @@ async def test_every_decision_stands_in_the_log_with_its_reason():
     assert [line["wanted"] for line in decided] == [0, 3]
     assert decided[-1]["held_by"] == "max"
     assert "requests 60 for 0, target 10 each" in decided[-1]["reason"]
-    assert house.autoscaler.counts.decisions["up", "max"] == 1
+    assert house.autoscaler.decision_counts["up", "max"] == 1
 
 
 async def test_what_executors_cost_counts_from_their_launch():
     """Starts and drains are paid for, whoever is served by them."""
-    house = House(FILE + "node_types: [{name: a, price_per_hour: 3600.0}]\n")
+    house = House(FILE + "node_types: [{name: local, price_per_hour: 3600.0}]\n")
     await house.pass_time(12, requests=5)
 
-    assert house.autoscaler.cost.executor_seconds["a"] == pytest.approx(11, abs=1)
-    assert house.autoscaler.cost.cost["a"] == house.autoscaler.cost.executor_seconds["a"]
+    assert house.autoscaler.cost.executor_seconds["local"] == pytest.approx(11, abs=1)
+    assert house.autoscaler.cost.cost["local"] == house.autoscaler.cost.executor_seconds["local"]
     assert house.autoscaler.cost.per_hour == 3600
 
 

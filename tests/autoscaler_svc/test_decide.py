@@ -2,10 +2,10 @@
 
 import math
 
-from autoscaler_svc.decide import Change, HeldBy, affordable_count, decide
+from autoscaler_svc.decide import Change, HeldBy, decide
 from autoscaler_svc.observations import Observations
 from autoscaler_svc.scaling_file import parse_scaling
-from autoscaler_svc.scaling_settings import Bounds, NodeType, ScalingSettings
+from autoscaler_svc.scaling_settings import Bounds, NodeType, ScalingSettings, affordable_count
 from tests.autoscaler_svc.tables import check, observe
 
 PER_TEN = "policies: [{kind: threshold, target: 10, down_window: 0}]\n"
@@ -64,11 +64,16 @@ def test_bounds_hold_whatever_anybody_wishes():
 def test_money_is_a_bound():
     """The cheapest executors that it is enough for; never fewer than the least that was asked for."""
     run(
-        "executors: {max: 9, max_cost_per_hour: 2.5}\nnode_types: [{name: a, price_per_hour: 1.0}]\n" + PER_TEN,
+        "executors: {max: 9, max_cost_per_hour: 2.5}\nnode_types: [{name: local, price_per_hour: 1.0}]\n" + PER_TEN,
         "t 0  ready 2  requests 90  -> 2 max cost per hour",
     )
     types = [NodeType(name="dear", price_per_hour=3.0), NodeType(name="cheap", price_per_hour=1.0, max=2)]
     assert affordable_count(Bounds(max=9, max_cost_per_hour=5.0), types) == 3
+    large = [
+        NodeType(name="large", price_per_hour=3.0, capacity=4),
+        NodeType(name="half", price_per_hour=1, capacity=0.5),
+    ]
+    assert affordable_count(Bounds(max=9, max_cost_per_hour=6.0), large) == 8
     assert affordable_count(Bounds(max=9), types) == math.inf
 
 

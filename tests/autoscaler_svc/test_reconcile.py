@@ -8,7 +8,9 @@ from autoscaler_svc.reconcile import Drain, Launch, Pauses, Sightings, Terminate
 from autoscaler_svc.scaling_file import parse_scaling
 
 READY, DRAINING = ExecutorState.READY, ExecutorState.DRAINING
+CLOUD = "actuator: {kind: ray, command: [x]}\n"
 SETTINGS = "executors: {max: 4}\ntimes: {startup_limit: 100, finish: 10}\n"
+PRICED = SETTINGS + CLOUD
 
 
 class Pool:
@@ -99,7 +101,7 @@ def test_drains_the_one_with_the_least_to_lose():
 
 def test_weighs_what_is_lost_against_the_money():
     """Of two that have as little to do the dear one goes; a little more work on it is worth its price."""
-    text = SETTINGS + "node_types: [{name: dear, price_per_hour: 4.0}, {name: cheap, price_per_hour: 1.0}]\n"
+    text = PRICED + "node_types: [{name: dear, price_per_hour: 4.0}, {name: cheap, price_per_hour: 1.0}]\n"
 
     assert Pool(text).has("a", node_type="cheap").has("b", node_type="dear").do(1) == ["drain b"]
     assert Pool(text).has("a", node_type="cheap", running_token_count=100).has(
@@ -179,25 +181,63 @@ def test_an_autoscaler_that_has_just_begun_ends_nobody_for_being_old():
     assert "terminate a" not in pool.do(1)
 
 
+def pause_again(pool: Pool) -> float:
+    pool.pauses.begin_round()
+    return pool.pauses.note_failure("spot", pool.now)
+
+
+def test_an_executor_that_never_attaches_is_no_capacity_for_ever():
+    """It has joined, and the scheduler cannot reach it: a wrong address, a network policy."""
+    pool = Pool().has("a", ExecutorState.CONNECTING, age_s=5)
+    assert pool.do(1) == []
+    assert pool.at(31).do(1) == ["launch local"]
+    assert pool.at(70).do(1) == ["terminate a", "launch local"]
+
+
+def test_executors_of_before_are_not_late_for_an_autoscaler_that_has_just_begun():
+    """Scheduler and autoscaler were restarted together: executors join again within seconds."""
+    pool = Pool().has("a", None, age_s=3600).has("b", None, age_s=3600)
+    pool.sightings = Sightings(began_at=pool.now)
+
+    assert pool.do(2) == []
+
+
+def test_those_that_leave_still_take_their_place():
+    """Their name, their GPU and their price are free when they are gone."""
+    pool = Pool().has("a").has("b", DRAINING, is_retired=True).has("c", DRAINING, is_retired=True)
+
+    assert pool.do(4) == ["launch local"]
+
+
+def test_money_is_not_spent_twice():
+    """The cheap ones pause, and the dear ones would cost four times what is allowed."""
+    text = PRICED.replace("{max: 4}", "{max: 9, max_cost_per_hour: 4}") + (
+        "node_types: [{name: spot, price_per_hour: 1.0}, {name: dear, price_per_hour: 4.0}]\n"
+    )
+    pool = Pool(text)
+    pool.pauses.note_failure("spot", pool.now)
+
+    assert pool.do(4) == ["launch dear"]
+
+
 def test_node_types_pause_after_failures_and_others_take_their_place():
     """A cloud without GPUs of one kind today may have another kind; asking in a loop helps nobody."""
-    text = SETTINGS + "node_types: [{name: spot, price_per_hour: 1.0}, {name: sure, price_per_hour: 3.0}]\n"
+    text = PRICED + "node_types: [{name: spot, price_per_hour: 1.0}, {name: sure, price_per_hour: 3.0}]\n"
     pool = Pool(text)
     assert pool.do(1) == ["launch spot"]
 
     assert pool.pauses.note_failure("spot", pool.now) == 5
     assert pool.do(1) == ["launch sure"]
     assert pool.at(6).do(1) == ["launch spot"]
-    assert [pool.pauses.note_failure("spot", pool.now) for _ in range(7)] == [10, 20, 40, 80, 160, 300, 300]
+    assert [pause_again(pool) for _ in range(7)] == [10, 20, 40, 80, 160, 300, 300]
+    assert pool.pauses.note_failure("spot", pool.now) == 0  # of the same round: one failure, not two
     pool.pauses.note_ready("spot")
     assert pool.do(1) == ["launch spot"]
 
 
 def test_capacity_counts_and_not_heads():
     """A large node does the work of several small ones, and is not taken away for the surplus of one."""
-    text = (
-        SETTINGS.replace("max: 4", "max: 9") + "node_types: [{name: a}, {name: big, capacity: 4, price_per_hour: 1}]\n"
-    )
+    text = PRICED.replace("max: 4", "max: 9") + "node_types: [{name: a}, {name: big, capacity: 4, price_per_hour: 1}]\n"
 
     assert Pool(text).has("x", node_type="big").do(4) == []
     assert Pool(text).has("x", node_type="big").do(6) == ["launch a", "launch a"]

@@ -74,8 +74,7 @@ def test_targets_stand_there_once():
         ("executors: {max: 4}\npolicies:\n- {kind: slo}\n- {kind: threshold}", "f:4: policies.1: 'target' is missing"),
         (
             "executors: {max: 4}\npolicies:\n- kind: guess",
-            "f:3: policies.0: Input tag 'guess' found using 'kind' does not match any of the expected tags: "
-            "'threshold', 'concurrency', 'slo', 'schedule'",
+            "f:3: policies.0: kind must be one of 'threshold', 'concurrency', 'slo', 'schedule', got 'guess'",
         ),
         ("executors: {max: 4}\ntargets: {first_token: .nan}", "f:2: targets.first_token"),
         (
@@ -85,6 +84,40 @@ def test_targets_stand_there_once():
         (
             "executors: {max: 4}\nnode_types: [{name: a}]\nactuator: {kind: kubernetes, deployments: {b: x}}",
             "f:1: actuator.deployments names b and node_types a; name the same in both",
+        ),
+        (
+            "executors: {max: 4}\nnode_types: [{name: a}]\n"
+            "actuator: {kind: ray, command: [x], resources: {b: {executor: 1}}}",
+            "f:1: actuator.resources names b and node_types a; name the same in both",
+        ),
+        (
+            "executors: {max: 4}\nnode_types: [{name: gpu}]",
+            "f:1: node_types names 'gpu', and the actuator is",
+        ),
+        (
+            "executors: {max: 4, max_cost_per_hour: 1}",
+            "f:1: executors.max_cost_per_hour is set and no",
+        ),
+        (
+            "executors: {min: 3, max: 4, max_cost_per_hour: 1}\nnode_types: [{name: local, price_per_hour: 0.4}]",
+            "f:1: executors.min is 3, and max_cost_per_hour, 1, is enough for 2; lower the one or raise the other",
+        ),
+        ("executors: {max: 4}\ntragets: {}", "f:2: tragets: there is no such setting; do you mean 'targets'"),
+        (
+            "executors: {max: 4}\nthreshold: {}",
+            "f:2: threshold: there is no such setting; write policies",
+        ),
+        (
+            "executors: {max: 4}\nactuator: docker",
+            "f:2: actuator: must be a mapping such as {name: value}, got",
+        ),
+        (
+            "executors: {max: 4}\ntargets: {per_token: 100}",
+            "f:2: targets.per_token: Input should be less than or",
+        ),
+        (
+            "executors: {max: 4}\npolicies: [{kind: threshold, signal: block_share, target: 70}]",
+            "f:2: policies.0: target is 70 and block_share a share, 0 to 1; write 0.7?",
         ),
         ("executors: {max: 4", "f:1: no YAML: expected ',' or '}', but got '<stream end>'"),
     ],

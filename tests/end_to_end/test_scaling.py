@@ -108,7 +108,7 @@ def test_explains_what_a_file_would_do_now(served, tmp_path):
     file = tmp_path / "other.yaml"
     file.write_text("executors: {min: 0, max: 9}\npolicies:\n  - {kind: threshold, target: 2}\n")
     with Client(served.address) as client, ThreadPoolExecutor(8) as people:
-        answers = [people.submit(ask, client, number, 150) for number in range(6)]
+        answers = [people.submit(ask, client, number, 400) for number in range(6)]
         wait_until(lambda: count_of(client) == 2)
         code, printed = explain(file, served.address)
         assert code == 0, printed
@@ -118,7 +118,7 @@ def test_explains_what_a_file_would_do_now(served, tmp_path):
         code, printed = explain(file, served.address)
         assert code == 2
         assert "other.yaml:3: policies.0: 'target' is missing" in printed
-        assert [answer.result() for answer in answers] == [150] * 6
+        assert [answer.result() for answer in answers] == [400] * 6
 
     code, printed = explain(file.with_name("scaling.yaml"), "127.0.0.1:1")
     assert code == 3
@@ -135,3 +135,21 @@ def test_a_changed_file_holds_at_once_and_a_wrong_one_never(served, tmp_path):
         wait_until(lambda: count_of(client) == 2)
 
     assert "scaling.yaml:2: executors.min" in served.printed
+
+
+def test_a_wrong_file_and_a_death_together_cost_nobody_an_answer(served, tmp_path):
+    """An autoscaler that cannot start is no reason to end those who work; when the file is right again, so is it."""
+    file = tmp_path / "scaling.yaml"
+    with Client(served.address) as client, ThreadPoolExecutor(8) as people:
+        answers = [people.submit(ask, client, number, 300) for number in range(6)]
+        wait_until(lambda: count_of(client) == 2)
+        file.write_text(FILE + "nonsense: 1\n")
+        victim = next(pid for pid in served.child_pids() if " autoscaler " in served.command_of(pid))
+        os.kill(victim, signal.SIGKILL)
+        assert [answer.result() for answer in answers] == [300] * 6
+        assert count_of(client) == 2
+        wait_until(lambda: served.printed.count("autoscaler ended with exit code 2") >= 2)
+        file.write_text(FILE)
+        wait_until(lambda: count_of(client) == 0)
+
+    assert served.process.poll() is None

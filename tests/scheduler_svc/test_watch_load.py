@@ -121,12 +121,12 @@ async def test_two_autoscalers_do_not_act_at_once():
     async with started() as system:
         first, second = FleetClient(system.address, "first"), FleetClient(system.address, "second")
 
-        assert await first.renew(0, 0.0)
-        assert not await second.renew(0, 0.0)
+        assert await first.renew()
+        assert not await second.renew()
         assert first.may_act
         assert not second.may_act
         await first.close()
-        assert await second.renew(0, 0.0)
+        assert await second.renew()
         await second.close()
 
 

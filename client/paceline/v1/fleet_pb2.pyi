@@ -310,6 +310,7 @@ class ListExecutorsResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     JOURNAL_BYTES_FIELD_NUMBER: _builtins.int
+    SCALING_HOLDER_ID_FIELD_NUMBER: _builtins.int
     waiting_request_count: _builtins.int
     """Requests accepted and not placed on an executor."""
     epoch: _builtins.int
@@ -318,6 +319,8 @@ class ListExecutorsResponse(_message.Message):
     """Whether what users were told outlives the scheduler's process."""
     journal_bytes: _builtins.int
     """Bytes of the journal's file. 0: there is none."""
+    scaling_holder_id: _builtins.str
+    """The autoscaler that adds and removes executors. Empty: none does."""
     @_builtins.property
     def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Executor]:
         """In the order of their ids."""
@@ -330,10 +333,11 @@ class ListExecutorsResponse(_message.Message):
         epoch: _builtins.int = ...,
         durability: Global___Durability.ValueType = ...,
         journal_bytes: _builtins.int = ...,
+        scaling_holder_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "epoch", b"epoch", "executors", b"executors", "journal_bytes", b"journal_bytes", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "epoch", b"epoch", "executors", b"executors", "journal_bytes", b"journal_bytes", "scaling_holder_id", b"scaling_holder_id", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
