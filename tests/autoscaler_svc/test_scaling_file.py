@@ -1,5 +1,8 @@
 """The scaling file: what it may say, and how a wrong one is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from autoscaler_svc.policies.slo import Slo
@@ -134,3 +137,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     """A wrong path is the most common mistake."""
     with pytest.raises(ScalingFileError, match=r"cannot read .*nowhere\.yaml"):
         read_scaling_file(tmp_path / "nowhere.yaml")
+
+
+def test_the_examples_of_the_guide_are_files():
+    """Somebody copies them."""
+    guide = (Path(__file__).parents[2] / "docs/autoscaling.md").read_text()
+    examples = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+
+    assert len(examples) >= 3
+    for example in examples:
+        parse_scaling(example, "docs/autoscaling.md")
