@@ -26,7 +26,7 @@ def test_stubs_are_what_the_protos_say(tmp_path):
     subprocess.run([TOOLS, ROOT / "protos/generate.py", tmp_path], check=True, capture_output=True)
 
     generated = stubs(tmp_path)
-    assert len(generated) == 24
+    assert len(generated) == 28
     assert generated == stubs(ROOT / "client")
 
 

@@ -88,6 +88,7 @@ class JoinRequest(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     STARTUP_MS_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Name of the executor, 1 to 128 printable ASCII characters without spaces, unique in the fleet. Stays the same
     when its process restarts.
@@ -110,6 +111,8 @@ class JoinRequest(_message.Message):
     """
     startup_ms: _builtins.int
     """Milliseconds from the start of the process until its model was ready to run. 0: unknown."""
+    metrics_address: _builtins.str
+    """`host:port` where Prometheus finds `/metrics` of this executor; the scheduler hands it on. Empty: nowhere."""
     @_builtins.property
     def model(self) -> Global___ExecutorModel:
         """The model it runs."""
@@ -131,10 +134,11 @@ class JoinRequest(_message.Message):
         draining: _builtins.bool = ...,
         oldest_protocol_version: _builtins.int = ...,
         startup_ms: _builtins.int = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "draining", b"draining", "executor_id", b"executor_id", "incarnation", b"incarnation", "model", b"model", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "release", b"release", "startup_ms", b"startup_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "draining", b"draining", "executor_id", b"executor_id", "incarnation", b"incarnation", "metrics_address", b"metrics_address", "model", b"model", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "release", b"release", "startup_ms", b"startup_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -717,6 +721,8 @@ class LeaseScalingRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     STARTING_EXECUTOR_COUNT_FIELD_NUMBER: _builtins.int
     NEXT_READY_MS_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     holder_id: _builtins.str
     """Name of the autoscaler, 1 to 128 printable ASCII characters without spaces, drawn anew at each start."""
     release: _builtins.bool
@@ -727,6 +733,12 @@ class LeaseScalingRequest(_message.Message):
     """Least milliseconds until the first of these takes requests or, where none is being started, until one would if a
     request arrived now. 0: unknown.
     """
+    metrics_address: _builtins.str
+    """`host:port` where Prometheus finds `/metrics` of this autoscaler; the scheduler hands it on. Empty: nowhere."""
+    @_builtins.property
+    def decision(self) -> Global___ScalingDecision:
+        """What it decided last, to be shown to operators."""
+
     def __init__(
         self,
         *,
@@ -734,14 +746,50 @@ class LeaseScalingRequest(_message.Message):
         release: _builtins.bool = ...,
         starting_executor_count: _builtins.int = ...,
         next_ready_ms: _builtins.int = ...,
+        decision: Global___ScalingDecision | None = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder_id", b"holder_id", "next_ready_ms", b"next_ready_ms", "release", b"release", "starting_executor_count", b"starting_executor_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "holder_id", b"holder_id", "metrics_address", b"metrics_address", "next_ready_ms", b"next_ready_ms", "release", b"release", "starting_executor_count", b"starting_executor_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseScalingRequest: _TypeAlias = LeaseScalingRequest  # noqa: Y015
+
+@_typing.final
+class ScalingDecision(_message.Message):
+    """What an autoscaler wants, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WANTED_EXECUTOR_COUNT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CHANGED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    COST_PER_HOUR_FIELD_NUMBER: _builtins.int
+    wanted_executor_count: _builtins.int
+    """Executors that there should be."""
+    reason: _builtins.str
+    """One line for people: what was seen, what was wanted, what held it."""
+    changed_unix_ms: _builtins.int
+    """When that changed last, in milliseconds since 1970."""
+    cost_per_hour: _builtins.float
+    """What all executors cost in an hour, by the prices of the scaling file. 0: it names none."""
+    def __init__(
+        self,
+        *,
+        wanted_executor_count: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        changed_unix_ms: _builtins.int = ...,
+        cost_per_hour: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_unix_ms", b"changed_unix_ms", "cost_per_hour", b"cost_per_hour", "reason", b"reason", "wanted_executor_count", b"wanted_executor_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScalingDecision: _TypeAlias = ScalingDecision  # noqa: Y015
 
 @_typing.final
 class LeaseScalingResponse(_message.Message):
