@@ -4,6 +4,7 @@ from grpc import RpcError, StatusCode
 
 from paceline._calls import Attempts
 from paceline._requests import choice_count, unpacked
+from paceline._tracing import CallSpan
 from paceline.errors import PacelineError, ServerError, error_of_call
 from paceline.types import Choice, Chunk, FinishReason, Model, Output, Usage
 from paceline.v1 import inference_pb2 as pb
@@ -51,8 +52,9 @@ class Answer:
     A call that breaks once its request was accepted is followed by another, which goes on where the answer so far ends.
     """
 
-    def __init__(self, request: pb.GenerateRequest, attempts: Attempts) -> None:
+    def __init__(self, request: pb.GenerateRequest, attempts: Attempts, span: CallSpan) -> None:
         self._request = request
+        self._span = span
         self._request_id = request.request_id
         self._choice_count = choice_count(request)
         self._attempts = attempts
@@ -104,9 +106,11 @@ class Answer:
         if usage is not None and (choices := self._whole_choices()):
             self._output = _output(self.request_id, choices, usage)
             self._is_over = True
+            self._span.end(self._output)
         if not (message.text or token_ids or finish_reason or usage):
             return None
         self._attempts.note_progress()
+        self._span.note_chunk()
         return Chunk(message.text, token_ids, finish_reason, usage, message.choice)
 
     def _next_request(self) -> pb.GenerateRequest:
@@ -155,6 +159,7 @@ class Answer:
 
     def _leave(self) -> bool:
         """Nobody reads on; returns whether the server has to be told, since the request outlives its call."""
+        self._span.end()
         was_over, self._is_over = self._is_over, True
         return self._runs_on and not was_over
 

@@ -2,13 +2,12 @@
 
 import math
 import random
-import sys
 import time
 from dataclasses import dataclass
-from uuid import uuid4
 
 import grpc
 
+from paceline._tracing import traceparent
 from paceline.errors import PacelineError, TimedOut
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -29,19 +28,6 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 def metadata() -> tuple[tuple[str, str], ...]:
     """The metadata of a call; the attempts of one call share it, so that they are one trace."""
     return (("traceparent", traceparent()),)
-
-
-def traceparent() -> str:
-    """The W3C trace context of the caller.
-
-    It is that of the OpenTelemetry span that runs now, where the program uses OpenTelemetry; otherwise a new trace
-    whose flags leave it to the server whether to record.
-    """
-    if trace := sys.modules.get("opentelemetry.trace"):
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid:
-            return f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}"
-    return f"00-{uuid4().hex}-{uuid4().hex[:16]}-00"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from paceline._batch import Batch, BatchPrompt, OnError, OnProgress
 from paceline._calls import CHANNEL_OPTIONS, Attempts, metadata
 from paceline._cancels import AsyncCancels
 from paceline._requests import generate_request, with_defaults
+from paceline._tracing import CallSpan
 from paceline.errors import Cancelled, PacelineError, Unavailable, error_of_call
 from paceline.types import Chunk, Message, Model, Options, Output, Prompt
 from paceline.v1 import inference_pb2 as pb
@@ -68,9 +69,14 @@ class AsyncStream(Answer):
     """
 
     def __init__(
-        self, generate: _Generate, cancels: AsyncCancels, request: pb.GenerateRequest, attempts: Attempts
+        self,
+        generate: _Generate,
+        cancels: AsyncCancels,
+        request: pb.GenerateRequest,
+        attempts: Attempts,
+        span: CallSpan,
     ) -> None:
-        super().__init__(request, attempts)
+        super().__init__(request, attempts, span)
         self._generate = generate
         self._cancels = cancels
         self._is_closed = False
@@ -83,7 +89,8 @@ class AsyncStream(Answer):
         try:
             while (chunk := await self._read()) is None:
                 pass
-        except BaseException:  # also that this task is cancelled, and an answer that cannot be right
+        except BaseException as error:  # also that this task is cancelled, and an answer that cannot be right
+            self._span.fail(error)
             await self.close()
             raise
         return chunk
@@ -145,12 +152,13 @@ class _BatchRun:
     """One `generate_batch` as it runs."""
 
     def __init__(
-        self, stub: "InferenceServiceAsyncStub", cancels: AsyncCancels, batch: Batch, attempts: Attempts
+        self, stub: "InferenceServiceAsyncStub", cancels: AsyncCancels, batch: Batch, attempts: Attempts, span: CallSpan
     ) -> None:
-        self._generate = partial(stub.GenerateBatch, metadata=metadata())
+        self._generate = partial(stub.GenerateBatch, metadata=span.metadata)
         self._cancels = cancels
         self._batch = batch
         self._attempts = attempts
+        self._span = span
         self._is_closed = False
         self._call: grpc.aio.Call | None = None  # the last one
 
@@ -161,9 +169,11 @@ class _BatchRun:
                 await asyncio.sleep(self._batch.wait_s(await self._attempt()))
                 if self._is_closed and not self._batch.is_done:
                     raise Cancelled("the client was closed", grpc.StatusCode.CANCELLED)
-        except BaseException:  # the error of one request; that this task is cancelled
+        except BaseException as error:  # the error of one request; that this task is cancelled
+            self._span.fail(error)
             await self.close()
             raise
+        self._span.end()
         return self._batch.outcomes()
 
     async def close(self) -> None:
@@ -344,7 +354,7 @@ class AsyncClient:
         """
         attempts = self._attempts(timeout_s)
         batch = Batch(prompts, with_defaults(self._defaults, options), attempts, on_progress, on_error)
-        run = _BatchRun(self._stub, self._cancels, batch, attempts)
+        run = _BatchRun(self._stub, self._cancels, batch, attempts, CallSpan("GenerateBatch", self._target))
         self._runs.add(run)
         return await run.outcomes()
 
@@ -384,8 +394,13 @@ class AsyncClient:
         return AsyncCancels(self._stub)
 
     def _generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
-        generate = cast(_Generate, partial(self._stub.Generate, metadata=metadata()))
-        stream = AsyncStream(generate, self._cancels, request, self._attempts(timeout_s))
+        span = CallSpan("Generate", self._target, request)
+        generate = cast(_Generate, partial(self._stub.Generate, metadata=span.metadata))
+        try:
+            stream = AsyncStream(generate, self._cancels, request, self._attempts(timeout_s), span)
+        except BaseException as error:  # the client is closed, say
+            span.fail(error)
+            raise
         self._runs.add(stream)
         return stream
 

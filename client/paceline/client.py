@@ -14,6 +14,7 @@ from paceline._batch import Batch, BatchPrompt, OnError, OnProgress
 from paceline._calls import CHANNEL_OPTIONS, Attempts, metadata
 from paceline._cancels import Cancels
 from paceline._requests import generate_request, with_defaults
+from paceline._tracing import CallSpan
 from paceline.errors import Cancelled, PacelineError, error_of_call
 from paceline.types import Chunk, Message, Model, Options, Output, Prompt
 from paceline.v1 import inference_pb2 as pb
@@ -51,8 +52,10 @@ class Stream(Answer):
     what came before it.
     """
 
-    def __init__(self, generate: _Generate, cancels: Cancels, request: pb.GenerateRequest, attempts: Attempts) -> None:
-        super().__init__(request, attempts)
+    def __init__(
+        self, generate: _Generate, cancels: Cancels, request: pb.GenerateRequest, attempts: Attempts, span: CallSpan
+    ) -> None:
+        super().__init__(request, attempts, span)
         self._generate = generate
         self._cancels = cancels
         self._closed = threading.Event()
@@ -65,7 +68,8 @@ class Stream(Answer):
         try:
             while (chunk := self._read()) is None:
                 pass
-        except BaseException:  # also Ctrl-C, and an answer that cannot be right
+        except BaseException as error:  # also Ctrl-C, and an answer that cannot be right
+            self._span.fail(error)
             self.close()
             raise
         return chunk
@@ -124,11 +128,14 @@ class Stream(Answer):
 class _BatchRun:
     """One `generate_batch` as it runs."""
 
-    def __init__(self, stub: InferenceServiceStub, cancels: Cancels, batch: Batch, attempts: Attempts) -> None:
-        self._generate = partial(stub.GenerateBatch, metadata=metadata())
+    def __init__(
+        self, stub: InferenceServiceStub, cancels: Cancels, batch: Batch, attempts: Attempts, span: CallSpan
+    ) -> None:
+        self._generate = partial(stub.GenerateBatch, metadata=span.metadata)
         self._cancels = cancels
         self._batch = batch
         self._attempts = attempts
+        self._span = span
         self._closed = threading.Event()
         self._call: grpc.Call | None = None  # the last one
 
@@ -138,9 +145,11 @@ class _BatchRun:
             while not self._batch.is_done:
                 if self._closed.wait(self._batch.wait_s(self._attempt())) and not self._batch.is_done:
                     raise Cancelled("the client was closed", grpc.StatusCode.CANCELLED)
-        except BaseException:  # the error of one request, Ctrl-C
+        except BaseException as error:  # the error of one request, Ctrl-C
+            self._span.fail(error)
             self.close()
             raise
+        self._span.end()
         return self._batch.outcomes()
 
     def close(self) -> None:
@@ -198,6 +207,7 @@ class Client:
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._detach_timeout_s = detach_timeout_s
+        self._target = target
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
         self._cancels = Cancels(self._stub)
@@ -307,7 +317,9 @@ class Client:
         """
         attempts = self._attempts(timeout_s)
         batch = Batch(prompts, with_defaults(self._defaults, options), attempts, on_progress, on_error)
-        return self._noted(_BatchRun(self._stub, self._cancels, batch, attempts)).outcomes()
+        return self._noted(
+            _BatchRun(self._stub, self._cancels, batch, attempts, CallSpan("GenerateBatch", self._target))
+        ).outcomes()
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request by id; its reader gets `Cancelled`. A request that is unknown or has ended is left alone."""
@@ -334,8 +346,13 @@ class Client:
         self.close()
 
     def _generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> Stream:
-        generate = cast(_Generate, partial(self._stub.Generate, metadata=metadata()))
-        return self._noted(Stream(generate, self._cancels, request, self._attempts(timeout_s)))
+        span = CallSpan("Generate", self._target, request)
+        generate = cast(_Generate, partial(self._stub.Generate, metadata=span.metadata))
+        try:
+            return self._noted(Stream(generate, self._cancels, request, self._attempts(timeout_s), span))
+        except BaseException as error:  # the client is closed, say
+            span.fail(error)
+            raise
 
     def _noted(self, run: _Run) -> _Run:
         """`run`, to be closed with this client."""
