@@ -3,9 +3,11 @@
 #   PYTHON=python3.12     the interpreter to build the environment with (3.11 or newer)
 #   TORCH_INDEX=URL       a package index of your own to take torch from
 #   MODEL=folder-or-hub-id   what `make run` serves
+#   HTTP_PORT=9100           port of its status page, instead of any that is free
 
 PYTHON ?= python3
 MODEL ?= smollm2
+HTTP_PORT ?= -1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -17,10 +19,12 @@ help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 run: $(VENV)/.ready  ## Start everything here, stream a sample answer, serve until Ctrl-C
-	@$(BIN)/paceline serve $(MODEL) --demo
+	@$(BIN)/paceline serve $(MODEL) --demo --http-port $(HTTP_PORT)
 
+# What is to be tested with tools that are no Python packages brings them into the environment itself.
+TOOLS := $(VENV)/protos/.ready $(VENV)/helm-bin/helm $(VENV)/chromium/chromium $(VENV)/prometheus/promtool
 # A process for each core, each with one model thread: threads that spin at barriers would starve the others.
-test: $(VENV)/.ready-dev $(VENV)/protos/.ready $(VENV)/helm-bin/helm  ## Run the tests
+test: $(VENV)/.ready-dev $(TOOLS)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
 
 soak: $(VENV)/.ready-dev  ## Break everything for minutes while clients read; SOAK="--requests 5000 --seed 7" says how
@@ -78,3 +82,11 @@ $(VENV)/protos/.ready: requirements-protos.txt $(VENV)/constraints.txt
 # Where it cannot be had, that is said, and the tests of the chart are skipped.
 $(VENV)/helm-bin/helm: tests/deploy/get_helm.py
 	@$(PYTHON) tests/deploy/get_helm.py $@ || true
+
+# Likewise, for the tests of the status page.
+$(VENV)/chromium/chromium: tests/browser/get_chromium.py
+	@$(PYTHON) tests/browser/get_chromium.py $(VENV)/chromium || true
+
+# The same: Debian's Prometheus, unpacked and not installed, for the tests of rules and dashboards.
+$(VENV)/prometheus/promtool: tests/observability/get_prometheus.py
+	@$(PYTHON) tests/observability/get_prometheus.py $(VENV)/prometheus || true

@@ -66,6 +66,7 @@ class Autoscaler:
         self._known: set[str] = set()  # who was launched, at the last look
         self._started: set[str] = set()  # of those, whose start is over, or was not seen: their age says nothing of it
         self._news = asyncio.Condition()
+        self._said, self._changed_at = "", wall()  # why so many are wanted, and since when
         self._arrived: tuple[int, int] | None = None  # epoch and counter at the last look
 
     @property
@@ -99,6 +100,7 @@ class Autoscaler:
         self._seen.add(self._observe(load, there))
         decision = decide(self._seen.last.at, self._seen, self.settings, tuple(self._changes))
         self._note(decision)
+        self._fleet.show(decision.wanted, self._said, self._changed_at, self.cost.per_hour)
         self._fleet.tell(len(there.starting), self._next_ready_s(there))
         # By an old list what was just launched would be launched again, and again.
         if self.hands is not None and launched is not None and self._fleet.may_act:
@@ -185,6 +187,10 @@ class Autoscaler:
             self._changes.append(Change(decision.at, before, decision.wanted))
         direction = "up" if decision.wanted > before else "down" if decision.wanted < before else "hold"
         is_news = direction != "hold" or last is None or last.held_by is not decision.held_by
+        held = f"held by {decision.held_by.value}" if decision.held_by is not HeldBy.NOTHING else ""
+        self._said = "; ".join(part for part in (decision.reason, held, decision.seen) if part)
+        if direction != "hold" or last is None:
+            self._changed_at = self._wall()
         if not is_news:
             return
         self.decision_counts[direction, decision.held_by.value] += 1

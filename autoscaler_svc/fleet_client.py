@@ -37,6 +37,17 @@ class FleetClient:
         self._held_until = 0.0
         self._starting_count, self._next_ready_s = 0, 0.0
         self._told = ""
+        self.metrics_address = ""  # where Prometheus finds this autoscaler; "": nowhere
+        self._decision: fleet_pb2.ScalingDecision | None = None
+
+    def show(self, wanted: int, reason: str, changed_at: float, cost_per_hour: float) -> None:
+        """Have operators see, with the next renewal, what was decided; `changed_at` in seconds since 1970."""
+        self._decision = fleet_pb2.ScalingDecision(
+            wanted_executor_count=wanted,
+            reason=reason,
+            changed_unix_ms=round(1000 * changed_at),
+            cost_per_hour=cost_per_hour,
+        )
 
     @property
     def may_act(self) -> bool:
@@ -64,6 +75,8 @@ class FleetClient:
             holder_id=self._holder_id,
             starting_executor_count=self._starting_count,
             next_ready_ms=round(self._next_ready_s * 1000),
+            decision=self._decision,
+            metrics_address=self.metrics_address,
         )
         asked_at = self._clock()
         try:

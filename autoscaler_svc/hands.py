@@ -37,6 +37,10 @@ class Fleet(Protocol):
         """What is to come, for the next time that the right to act is renewed."""
         ...
 
+    def show(self, wanted: int, reason: str, changed_at: float, cost_per_hour: float) -> None:
+        """What was decided, for operators; `changed_at` in seconds since 1970."""
+        ...
+
     async def drain(self, executor_id: str, finish_within_s: float) -> None:
         """Let an executor finish and go. Raises `FleetError`."""
         ...

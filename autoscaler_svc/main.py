@@ -21,8 +21,8 @@ from autoscaler_svc.metrics import AutoscalerMetrics
 from autoscaler_svc.observe import LoadWatch
 from autoscaler_svc.scaling_file import ScalingFileError, for_processes, read_scaling_file
 from autoscaler_svc.scaling_settings import ScalingSettings
-from common.grpc_servers import Server
-from common.metrics import serve_metrics
+from common.grpc_servers import Server, own_host
+from common.http_pages import HttpPages
 from common.processes import run_loop, stop_event
 from externalscaler import externalscaler_pb2_grpc
 
@@ -46,7 +46,7 @@ class AutoscalerConfig:
     """Address of the launcher of `paceline serve`, in place of the actuator of the file. Empty: what the file says."""
 
     metrics_port: int = 0
-    """Port on which Prometheus finds `/metrics`. 0: none."""
+    """Port on which Prometheus finds `/metrics`; the scheduler tells it. 0: none, -1: any."""
 
 
 def serve(config: AutoscalerConfig) -> int:
@@ -102,7 +102,7 @@ async def _serve(config: AutoscalerConfig, settings: ScalingSettings) -> int:
     for line in settings.advice:
         log.warning(line)
     if config.metrics_port:
-        serve_metrics(config.metrics_port, AutoscalerMetrics(app.autoscaler))
+        app.serve_metrics(config.metrics_port)
     await app.run(stopping)
     return 0
 
@@ -114,12 +114,21 @@ class AutoscalerApp:
         """Put the parts together. Raises `ActuatorError` where what the actuator needs is not installed."""
         holder = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._watch = LoadWatch(config.scheduler, settings.times.interval_s, settings.targets)
+        self._scheduler = config.scheduler
         self._fleet = FleetClient(config.scheduler, holder)
         actuator = make_actuator(settings)
         self.autoscaler = Autoscaler(settings, self._fleet, actuator, history=_load_history(settings.history))
         self._file = SettingsFile(config, self.autoscaler.change_settings)
         self._keda = ExternalScaler(self.autoscaler)
         self._server = Server() if settings.keda is not None else None
+
+    def serve_metrics(self, port: int) -> None:
+        """Answer Prometheus, and have the scheduler say where. Raises `AddressError` when the port is taken."""
+        port = HttpPages([AutoscalerMetrics(self.autoscaler)]).start(port)
+        try:
+            self._fleet.metrics_address = f"{own_host(self._scheduler)}:{port}"
+        except OSError as error:
+            log.warning("the scheduler cannot tell Prometheus of this autoscaler", reason=str(error))
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Go round until `stopping` is set. What was launched goes on without it."""

@@ -154,6 +154,20 @@ def reachable(address: str, peer: str) -> str:
     return f"127.0.0.1:{port}"
 
 
+def own_host(peer: str) -> str:
+    """The address of this machine that `peer`, `host:port` or `unix:/path`, sees it under; nothing is sent.
+
+    Raises `OSError` when the peer's host cannot be resolved.
+    """
+    if peer.startswith("unix:"):
+        return "127.0.0.1"
+    host, _, port = peer.rpartition(":")
+    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
 def _is(host: str, kind: str) -> bool:
     """Whether `host` is an IP address of that kind."""
     try:

@@ -20,6 +20,9 @@ def common_protocol(newest: int, oldest: int) -> int | None:
     return version if version >= max(oldest, OLDEST_PROTOCOL_VERSION) else None
 
 
+ANY_PORT = -1
+"""Stands for a port that the system picks, where 0 means none."""
+
 RELEASE = importlib.metadata.version("paceline-server")
 
 T = TypeVar("T")

@@ -22,6 +22,9 @@ class ExecutorConfig:
     executor_id: str = ""
     """Name in the fleet. Empty: host name and process id."""
 
+    metrics_port: int = 0
+    """Port on which Prometheus finds `/metrics`; the scheduler tells it. 0: none, -1: any."""
+
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU where there is one."""
 

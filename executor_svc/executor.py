@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from executor_svc.batch import IntArray, Runner, StepOutput
 from executor_svc.slots import PlanError, Slots, read_array, read_block_ids
 from paceline.internal.v1 import executor_pb2 as pb
+
+log = structlog.get_logger()
 
 __all__ = ["BrokenDeviceError", "Executor", "PlanError"]
 
@@ -202,10 +205,12 @@ class Executor:
             return
         try:
             output: StepOutput = self._runner.run(self._slots.batch(rows, lengths, samples))
-        except Exception as error:  # noqa: BLE001  whatever a row does to the model must not reach the others
+        except Exception as error:
             if len(rows) == 1:
                 slot = int(rows[0])
-                computed.failures[slot] = f"request '{self._slots.request_ids[slot]}' failed: {_describe(error)}"
+                request_id, trace_id = self._slots.request_ids[slot], self._slots.trace_ids[slot].hex()
+                computed.failures[slot] = f"request '{request_id}' failed: {_describe(error)}"
+                log.warning("a request fails by itself", request_id=request_id, trace_id=trace_id, exc_info=error)
                 if _is_out_of_memory(error):
                     computed.out_of_memory.add(slot)
                 return

@@ -12,12 +12,14 @@ from collections.abc import Callable
 import structlog
 
 from common.grpc_servers import Server, reachable
+from common.http_pages import HttpPages
 from common.processes import run_loop, stop_event
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig, check_settings
 from executor_svc.executor import BrokenDeviceError, Executor
 from executor_svc.machine import process_age_s
 from executor_svc.membership import Membership, RefusedError
+from executor_svc.metrics import ExecutorMetrics
 from executor_svc.service import ExecutorService, ModelThread
 from paceline.internal.v1 import executor_pb2_grpc
 
@@ -25,6 +27,8 @@ log = structlog.get_logger()
 
 _LAST_STEP_S = 5.0
 """How long the step that runs may still take when everything else has ended."""
+
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 Progress = Callable[[str, float], None]
 
@@ -64,7 +68,8 @@ class ExecutorApp:
         self._runner = runner
         self._startup_s = process_age_s()
         self._incarnation = secrets.randbits(64) | 1
-        self._thread = ModelThread(Executor(runner), asyncio.get_running_loop())
+        self._metrics = ExecutorMetrics(self.executor_id, runner) if config.metrics_port else None
+        self._thread = ModelThread(Executor(runner), asyncio.get_running_loop(), self._metrics)
         self._service = ExecutorService(
             self._thread, self._incarnation, config.resume_window_s, on_broken=lambda _message: self.broken.set()
         )
@@ -76,10 +81,28 @@ class ExecutorApp:
         (address,) = await self._server.start([self._config.listen], ["paceline.internal.v1.ExecutorService"])
         advertised = self._config.advertise or reachable(address, self._config.scheduler)
         self._membership = Membership(
-            self._config.scheduler, self.executor_id, self._incarnation, advertised, self._runner.info, self._startup_s
+            self._config.scheduler,
+            self.executor_id,
+            self._incarnation,
+            advertised,
+            self._runner.info,
+            self._startup_s,
+            self._serve_metrics(advertised),
         )
         await self._server.set_serving(True)
         return address
+
+    def _serve_metrics(self, advertised: str) -> str:
+        """Answer Prometheus where that is wanted; returns the address for the scheduler to tell. As far as the executor
+        itself can be reached, its metrics can.
+        """
+        if self._metrics is None:
+            return ""
+        host = "127.0.0.1" if advertised.startswith("unix:") else advertised.rpartition(":")[0]
+        everywhere = "::" if host.startswith("[") else "0.0.0.0"
+        pages = HttpPages([self._metrics])
+        port = pages.start(self._config.metrics_port, host if host in _LOCAL else everywhere)
+        return f"{host}:{port}"
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Be a member of the fleet until `stopping` is set, then drain; or until the scheduler lets it go.

@@ -30,7 +30,14 @@ class Membership:
     """Keeps calling `Join`, from the event loop, which never runs the model."""
 
     def __init__(
-        self, scheduler: str, executor_id: str, incarnation: int, address: str, info: RunnerInfo, startup_s: float = 0.0
+        self,
+        scheduler: str,
+        executor_id: str,
+        incarnation: int,
+        address: str,
+        info: RunnerInfo,
+        startup_s: float = 0.0,
+        metrics_address: str = "",
     ) -> None:
         """Prepare to join the fleet of the scheduler at `scheduler`, `startup_s` after this process began."""
         self._scheduler = scheduler
@@ -42,6 +49,7 @@ class Membership:
             oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             release=RELEASE,
             startup_ms=round(startup_s * 1000),
+            metrics_address=metrics_address,
             model=fleet_pb2.ExecutorModel(
                 name=info.name,
                 fingerprint=info.fingerprint,

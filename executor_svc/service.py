@@ -16,6 +16,7 @@ import structlog
 
 from common.processes import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
 from executor_svc.executor import BrokenDeviceError, Executor, PlanError
+from executor_svc.metrics import ExecutorMetrics
 from paceline.internal.v1 import executor_pb2 as pb
 from paceline.internal.v1 import executor_pb2_grpc
 
@@ -54,9 +55,12 @@ class Attachment:
 class ModelThread:
     """The one thread in which the model runs: takes plans in order, gives outcomes to the loop."""
 
-    def __init__(self, executor: Executor, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread."""
+    def __init__(
+        self, executor: Executor, loop: asyncio.AbstractEventLoop, metrics: ExecutorMetrics | None = None
+    ) -> None:
+        """Start the thread; `metrics` are told of each step."""
         self._executor = executor
+        self._metrics = metrics
         self._loop = loop
         self._plans: queue.SimpleQueue[tuple[Attachment, pb.Plan | None, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -101,6 +105,8 @@ class ModelThread:
             if isinstance(outcome, pb.StepResult):
                 outcome.timings.queued_us = round((started_at - came_at) * 1e6)
                 outcome.timings.idle_us = min(round(max(came_at - free_at, 0.0) * 1e6), 0xFFFFFFFF)
+                if self._metrics is not None:
+                    self._metrics.note_step(plan, outcome)
             free_at = time.perf_counter()
             self._tell(attachment, outcome)
 

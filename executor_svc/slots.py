@@ -60,6 +60,7 @@ class Slots:
         self.known: list[IntArray] = [np.zeros(0, dtype=np.int64)] * count  # tokens that the scheduler sent
         self.stop_token_ids: list[frozenset[int]] = [frozenset()] * count
         self.request_ids: list[str] = [""] * count
+        self.trace_ids: list[bytes] = [b""] * count
         self.attempts: list[tuple[int, int]] = [(0, 0)] * count  # (epoch, attempt)
         self.generated: list[list[int]] = [[] for _ in range(count)]  # tokens sampled here
         self.sampled_steps: IntArray = np.zeros(count, dtype=np.int64)  # in which the last of them was
@@ -101,6 +102,7 @@ class Slots:
         self.known[slot] = known
         self.stop_token_ids[slot] = frozenset(read_array(request.stop_token_ids, "<u4").tolist())
         self.request_ids[slot] = request.request_id
+        self.trace_ids[slot] = request.trace.trace_id
         self.attempts[slot] = (epoch, request.attempt)
         self.keys[slot] = request.key
         self.generated[slot] = []

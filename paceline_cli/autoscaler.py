@@ -49,7 +49,7 @@ def run(
     scheduler: Scheduler = DEFAULT_SERVER,
     launcher: Launcher = "",
     metrics_port: Annotated[
-        int, flag("--metrics-port", "Port of /metrics; 0: none.", metavar="PORT", min=0, max=65535)
+        int, flag("--metrics-port", "Port of /metrics; 0: none, -1: any.", metavar="PORT", min=-1, max=65535)
     ] = 0,
     log_level: LogLevel = "info",
     exit_with_parent: ExitWithParent = False,

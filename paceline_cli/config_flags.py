@@ -20,6 +20,7 @@ _MODEL = "Model and memory"
 _ORDER = "Order"
 _LIMITS = "Limits"
 _NETWORK = "Network"
+_SIGHT = "Looking"
 _TIMES = "Time-outs"
 _RECOVERY = "Recovery"
 _FAKE = "Without a model (MODEL is 'fake')"
@@ -49,6 +50,10 @@ def _count(name: str, panel: str, text: str, least: int = 1) -> _Flag:
 
 def _size(name: str, panel: str, text: str) -> _Flag:
     return _Flag(name, text, panel, {"metavar": "SIZE", "parser": parse_size})
+
+
+def _port(name: str, text: str) -> _Flag:
+    return _Flag(name, text, _SIGHT, {"metavar": "PORT", "min": -1, "max": 65535})
 
 
 def _seconds(name: str, text: str, panel: str = _TIMES) -> _Flag:
@@ -90,14 +95,16 @@ _FLAGS = {
     "listen": _flag("--listen", _NETWORK, "Address to serve on: host:port or unix:/path.", metavar="ADDRESS"),
     "advertise": _flag("--advertise", _NETWORK, "Address at which the scheduler reaches it.", metavar="ADDRESS"),
     "executor_id": _flag("--executor-id", _NETWORK, "Name in the fleet; keep it over restarts.", metavar="NAME"),
-    "metrics_port": _flag(
-        "--metrics-port",
-        _NETWORK,
-        "Port of the scheduler's /metrics; autoscaler: one above; 0: none.",
-        metavar="PORT",
-        min=0,
-        max=65535,
+    "http_port": _port("--http-port", "Port of the status page and of /metrics; 0: none, -1: any."),
+    "http_host": _flag("--http-host", _SIGHT, "Address of this machine that it is on.", metavar="HOST"),
+    "metrics_port": _port("--metrics-port", "Port of the executor's /metrics; 0: none, -1: any."),
+    "otlp_endpoint": _flag("--otlp-endpoint", _SIGHT, "Where traces go, as http://HOST:4317.", metavar="URL"),
+    "trace_requests": _flag(
+        "--trace-requests", _SIGHT, "Requests a second that are traced unasked.", metavar="RATE", min=0
     ),
+    "trace_steps": _count("--trace-steps", _SIGHT, "One in so many steps is traced; 0: none.", 0),
+    "trace_content": _flag("--trace-content/--no-trace-content", _SIGHT, "Put prompts and outputs into traces."),
+    "keep_timelines": _count("--keep-timelines", _SIGHT, "Ended requests that `paceline trace` knows.", 0),
     "lease_s": _seconds("--lease", "Silence after which an executor counts as lost."),
     "step_timeout_s": _seconds("--step-timeout", "Least time after which a step counts as wedged."),
     "drain_timeout_s": _seconds("--drain-timeout", "How long running requests may still finish after a stop."),

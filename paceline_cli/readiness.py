@@ -62,7 +62,7 @@ class ReadinessProbe:
         return ServedModel(model.name, model.context_length, model.executor_count, model.has_chat_template)
 
 
-def print_ready(console: Console, served: ServedModel, address: str, wanted: ExecutorRange) -> None:
+def print_ready(console: Console, served: ServedModel, address: str, wanted: ExecutorRange, page: str = "") -> None:
     """One line with the address, then how to talk to it."""
     context = [f"{served.context_length:,} tokens of context"] if served.context_length else []
     if wanted.is_fixed:
@@ -71,6 +71,8 @@ def print_ready(console: Console, served: ServedModel, address: str, wanted: Exe
         executors = f"{wanted}, {served.executor_count} now"
     facts = " · ".join([served.name, *context, executors])
     console.print(f"[bold green]Paceline is ready at {address}[/]  [dim]{escape(facts)}[/]")
+    if page:
+        console.print(f"[dim]status page[/] [cyan]{page}[/]")
     server = "" if address.endswith(_DEFAULT_PORT) else f" --server {address}"
     verb = "chat" if served.has_chat_template else "generate 'The capital of France is'"
     console.print(f"""

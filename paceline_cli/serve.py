@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from rich.markup import escape
 
+from common.processes import ANY_PORT
 from executor_svc.config import ExecutorConfig
 from paceline_cli import terminal
 from paceline_cli.addresses import dial_address, listen_address, reserve_port, socket_folder
@@ -40,7 +41,7 @@ from scheduler_svc.config import SchedulerConfig
 _WATCH_S = 0.1
 _GIVE_UP_DRAIN_S = 2.0
 
-_WIRED_HERE = ("listen", "scheduler", "advertise", "executor_id")
+_WIRED_HERE = ("listen", "scheduler", "advertise", "executor_id", "http_host", "metrics_port")
 
 
 def _executor_count(name: str, text: str, least: int = 1) -> Any:
@@ -85,6 +86,10 @@ def serve(
     [dim]$[/] paceline serve --min-executors 0 --max-executors 4
     [dim]$[/] paceline serve fake --fake-step-us 5000     [dim]# all but the model[/]
     """
+    # Whoever finds the status page is told there where the metrics of the others are.
+    if settings["http_port"] == ANY_PORT:
+        settings["http_port"] = reserve_port(host, 0)
+    settings |= {"http_host": host, "metrics_port": ANY_PORT if settings["http_port"] else 0}
     wanted = executor_range(executors, min_executors, max_executors, scaling)
     _refuse_wrong(model, settings)
     _run(model, wanted, (host, reserve_port(host, port)), demo, ("--log-level", log_level), settings)
@@ -106,7 +111,7 @@ def _run(
             else:
                 from paceline_cli.launcher import launching
 
-                autoscaler = autoscaler_child(wanted.scaling_file_in(sockets), sockets, _above(settings), words)
+                autoscaler = autoscaler_child(wanted.scaling_file_in(sockets), sockets, settings["metrics_port"], words)
                 supervisor = Supervisor([scheduler, autoscaler], screen)
                 until_the_end.enter_context(launching(supervisor, executors, launcher_socket(sockets)))
             try:
@@ -118,14 +123,10 @@ def _run(
                 raise
         screen.report_phase = None
         supervisor.ready = True
-        _say_ready(served, wanted, dial_address(*public), demo)
+        page = f"http://{dial_address(public[0], settings['http_port'])}" if settings["http_port"] else ""
+        _say_ready(served, wanted, dial_address(*public), page, demo)
         _watch_until_stopped(supervisor, screen, signals)
         _drain(supervisor, settings["drain_timeout_s"], screen, signals)
-
-
-def _above(settings: Settings) -> int:
-    """Port of the autoscaler's metrics: the one above the scheduler's; 0 where that has none."""
-    return settings["metrics_port"] + 1 if settings["metrics_port"] else 0
 
 
 def _refuse_wrong(model: str, settings: Settings) -> None:
@@ -239,10 +240,10 @@ def _wait_until_ready(supervisor: Supervisor, probe: ReadinessProbe, signals: St
     return served
 
 
-def _say_ready(served: ServedModel, wanted: ExecutorRange, address: str, demo: bool) -> None:
+def _say_ready(served: ServedModel, wanted: ExecutorRange, address: str, page: str, demo: bool) -> None:
     """Say that requests are taken, and show one if that was asked for."""
     console = terminal.stdout()
-    print_ready(console, served, address, wanted)
+    print_ready(console, served, address, wanted, page)
     if demo:
         # Beside the watch, which must go on: an executor may die in the middle of the answer.
         threading.Thread(target=run_demo, args=(console, address, served), name="demo", daemon=True).start()

@@ -22,6 +22,9 @@ class Terms:
     stops: tuple[str, ...] = ()
     detach_timeout_s: int = 0  # how long it runs on while nobody reads it
     is_named: bool = False  # whether the user chose the id, and so can come back
+    operation: str = "text_completion"  # as traces name it: that, or `chat`
+    method: str = "Generate"  # the call that it came with
+    prompt_json: str = ""  # what was asked, where traces may tell it
 
 
 @dataclass(frozen=True, slots=True)

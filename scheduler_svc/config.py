@@ -1,6 +1,7 @@
 """What an operator can set on a scheduler."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from scheduler_svc.core.policies import make_policy
@@ -19,8 +20,28 @@ class SchedulerConfig:
     served_model_name: str = ""
     """Name under which users ask for the model. Empty: the folder's own name."""
 
-    metrics_port: int = 0
-    """Port on which Prometheus finds `/metrics`, on every address of this machine. 0: none."""
+    http_port: int = 0
+    """Port of the status page, of `/metrics` and of what finds the executors' for Prometheus. 0: none, -1: any."""
+
+    http_host: str = "0.0.0.0"
+    """Address of this machine that it is on; the default is all of them."""
+
+    otlp_endpoint: str = ""
+    """Where traces go: an OTLP/gRPC receiver such as Jaeger's, `http://HOST:4317`. Empty: what the environment says in
+    OTEL_EXPORTER_OTLP_ENDPOINT, else nowhere."""
+
+    trace_requests: float = 10.0
+    """Requests a second that are traced although their callers do not trace them. Those that fail are traced too, at
+    most ten a second."""
+
+    trace_steps: int = 100
+    """One in so many steps is traced, and those that take unusually long. 0: none."""
+
+    trace_content: bool = False
+    """Put prompts and outputs into traces."""
+
+    keep_timelines: int = 512
+    """Requests that have ended of which `paceline trace` and the status page still know where their time went."""
 
     policy: str = "fifo"
     """Whose turn it is: `fifo`, `prefill_first`, `priority` (the request's, the larger first), `deadline` (the earliest
@@ -72,6 +93,12 @@ class SchedulerConfig:
 def check_settings(config: SchedulerConfig) -> None:
     """Refuse settings that nothing could be served with. Raises `ValueError`."""
     make_policy(config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight)
+    if not 0 <= config.trace_requests < math.inf:
+        raise ValueError(f"trace requests must be 0 or more a second, got {config.trace_requests:g}")
+    if config.otlp_endpoint and not re.fullmatch(r"https?://[^/\s]+/?", config.otlp_endpoint):
+        raise ValueError(
+            f"'{config.otlp_endpoint}' is no receiver of traces; name one as http://HOST:4317, or https://HOST:4317"
+        )
     if not 0.5 <= config.lease_s <= 3600:  # NaN is refused here too
         raise ValueError(f"lease must be 0.5 to 3600 seconds, got {config.lease_s:g}")
     if not 0 < config.step_timeout_s < math.inf:

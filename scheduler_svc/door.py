@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 import secrets
@@ -56,6 +57,7 @@ class Door:
         limits: ModelLimits | None,
         deadline: float,
         trace: TraceContext | None,
+        method: str = "Generate",
     ) -> tuple[Request, list[TextStream], Terms]:
         """Make a request of the message, and a stream of text for each of its choices. Raises `RefusedError`."""
         if limits is None:
@@ -90,7 +92,13 @@ class Door:
             trace=trace,
         )
         terms = Terms(
-            content_hash(message), tuple(message.stopping.stop), message.detach_timeout_s, bool(message.request_id)
+            content_hash(message),
+            tuple(message.stopping.stop),
+            message.detach_timeout_s,
+            bool(message.request_id),
+            operation="chat" if message.HasField("chat") else "text_completion",
+            method=method,
+            prompt_json=_prompt_json(message) if self._config.trace_content else "",
         )
         return with_choices(request, len(texts)), texts, terms
 
@@ -300,3 +308,14 @@ def _max_output_count(stopping: sampling_pb2.StopConditions, prompt_count: int, 
             f"{limits.context_length}, prompt and output together; ask for at most {room}"
         )
     return wanted
+
+
+def _prompt_json(message: pb.GenerateRequest) -> str:
+    """The prompt as the messages of a GenAI span; token ids stay what they are."""
+    if message.HasField("chat"):
+        said = [(entry.role, entry.content) for entry in message.chat.messages]
+    elif message.HasField("text"):
+        said = [("user", message.text)]
+    else:
+        said = [("user", f"{len(message.token_ids.ids)} token ids")]
+    return json.dumps([{"role": role, "parts": [{"type": "text", "content": text}]} for role, text in said])

@@ -21,9 +21,11 @@ from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.journal.journal import Durability
-from scheduler_svc.load_meter import LoadMeter
+from scheduler_svc.observation.observer import Observer, log_ids
+from scheduler_svc.observation.step_meter import StepMeter
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.recorder import Recorder, replay_output
+from scheduler_svc.refusals import cancelled, leaving, overloaded
 from scheduler_svc.text_stream import TextStream
 
 log = structlog.get_logger()
@@ -35,6 +37,7 @@ class Link(Protocol):
     executor_id: str
     incarnation: int
     draining: bool  # it is to leave
+    steps: StepMeter
 
     def send(self, plan: Plan) -> None:
         """Send a plan, some time soon."""
@@ -60,13 +63,16 @@ class Arrival:
 class Engine:
     """Owns the core and lives on one event loop, so that nothing here needs a lock."""
 
-    def __init__(self, config: SchedulerConfig, recorder: Recorder) -> None:
-        """Start with no request and no executor; what `recorder` writes is out before anybody is told."""
+    def __init__(self, config: SchedulerConfig, recorder: Recorder, observer: Observer) -> None:
+        """Start with no request and no executor; what `recorder` writes is out before anybody is told; `observer` is
+        told what happens.
+        """
         policy = make_policy(
             config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight
         )
         self.scheduler = Scheduler(policy, reuse=config.prefix_reuse)
-        self.meter = LoadMeter()
+        self.observer = observer
+        self.meter = observer.meter
         self.draining = False
         self._is_closed = False
         self._config = config
@@ -89,7 +95,7 @@ class Engine:
         while (arrival := self._arriving.get(request_id)) is not None:
             await arrival.is_over.wait()
             if arrival.is_cancelled:
-                raise _cancelled(request_id)
+                raise cancelled(request_id)
         return self.answers.find(request_id, content_hash)
 
     @contextmanager
@@ -105,9 +111,9 @@ class Engine:
     def check_arriving(self, request_id: str) -> None:
         """Refuse a request that was cancelled at the door, or that came while the service leaves."""
         if self._arriving[request_id].is_cancelled:
-            raise _cancelled(request_id)
+            raise cancelled(request_id)
         if self.draining:
-            raise _leaving()
+            raise leaving()
 
     def submit(self, request: Request, texts: Sequence[TextStream], terms: Terms) -> Answer:
         """Accept a request that is `arriving`, or refuse it at once; `texts` are those of its choices.
@@ -115,40 +121,22 @@ class Engine:
         It is not told to be accepted before it is `durable`.
         """
         if self._arriving[request.request_id].is_cancelled:
-            raise _cancelled(request.request_id)
+            raise cancelled(request.request_id)
         self.check_room(len(request.token_ids))
         try:
             self.scheduler.add(request)
         except NeverFitsError as error:
             raise invalid(str(error)) from error
         answer = Answer(request, texts, terms, time.monotonic())
-        self._meter_arrival(answer)
+        self.observer.on_accepted(answer)
+        if not self.has_executor:
+            self.meter.tell_at_once()
         self.answers.add(answer)
         self._streams.update(zip(request.family, answer.streams, strict=True))
         self._recorder.accepted(answer)
         self._watch_deadlines()
         self._pump()
         return answer
-
-    def _meter_arrival(self, answer: Answer) -> None:
-        """Count a request, and who has nobody to compute it is told at once."""
-        self.meter.note_arrived(answer.request.prompt_count)
-        for stream in answer.streams:
-            stream.on_first_token = partial(self._meter_first_token, answer)
-        if not self.has_executor:
-            self.meter.tell_at_once()
-
-    def _meter_first_token(self, answer: Answer, now: float) -> None:
-        if not answer.output_token_count:  # none of the other choices was faster
-            self.meter.note_first_token(now, now - answer.accepted_at)
-
-    def _meter_end(self, answer: Answer) -> None:
-        if answer.streams[0].on_first_token is None:
-            return  # it began in an earlier life of the scheduler
-        request, now = answer.request, time.monotonic()
-        decoding_s = now - answer.first_token_at if answer.first_token_at is not None else 0.0
-        output_count = answer.output_token_count // len(answer.streams)
-        self.meter.note_ended(now, request.prompt_count, output_count, request.reused_count, decoding_s)
 
     @property
     def has_executor(self) -> bool:
@@ -186,6 +174,7 @@ class Engine:
         if not answer.request.has_ended:
             self.scheduler.restore(answer.request, owners)
         for choice, stream, end in zip(answer.request.family, answer.streams, ends, strict=True):
+            stream.last_token_at = None  # when it was is not known any more
             if end is None:
                 self._streams[choice] = stream
                 continue
@@ -195,6 +184,8 @@ class Engine:
                 self._recorder.ended(answer, choice)
             del stream.token_ids[output_count:]
             stream.end(reason, now if answer.known_end is None else answer.known_end)
+        if not answer.has_ended:
+            self.observer.on_accepted(answer, is_restored=True)
         if answer.has_ended:
             self.answers.note_ended(answer, 0.0 if answer.known_end is None else now - answer.known_end)
         else:
@@ -203,21 +194,20 @@ class Engine:
     def _stop_waiting_for_owners(self) -> None:
         for executor_id in self.scheduler.absent:
             requests = self.scheduler.give_up(executor_id)
+            self.observer.on_lost(requests, executor_id, time.monotonic(), may_return=False)
             log.warning("executor did not come back", executor_id=executor_id, request_count=len(requests))
         self._pump()
 
     def check_room(self, token_count: int) -> None:
         """Refuse a request of `token_count` tokens when the service is leaving or the queue is full."""
         if self.draining:
-            raise _leaving()
+            raise leaving()
         waiting, limit = self.scheduler.waiting_count + self.meter.at_door_count, self._config.max_waiting_requests
         if waiting >= limit:
-            self.meter.refused_request_count += 1
-            raise _overloaded(f"{waiting} requests are waiting, the limit is {limit}")
+            raise overloaded(f"{waiting} requests are waiting, the limit is {limit}")
         tokens, limit = self.scheduler.waiting_token_count, self._config.max_waiting_tokens
         if waiting and tokens + token_count > limit:
-            self.meter.refused_request_count += 1
-            raise _overloaded(f"{tokens} tokens are waiting and this request has {token_count}, the limit is {limit}")
+            raise overloaded(f"{tokens} tokens are waiting and this request has {token_count}, the limit is {limit}")
 
     async def wait_for_room(self, request_id: str, token_count: int) -> None:
         """Wait until the queue has room for this in its first half: a batch leaves the rest to everybody else. Or until
@@ -278,6 +268,7 @@ class Engine:
         outputs = self.scheduler.resume(link.executor_id, capacity, inventory)
         self._links[link.executor_id] = link
         self.meter.tell_at_once()  # it is what somebody waits for
+        self.observer.on_attached(self.scheduler.executors[link.executor_id], link.steps, time.monotonic())
         if inventory.held:
             running_count = len(self.scheduler.executors[link.executor_id].running)
             log.info(
@@ -322,11 +313,16 @@ class Engine:
         ):
             self._links.pop(executor_id, None)
             lost = self.scheduler.lose(executor_id, died=died, may_return=may_return)
+            self.observer.on_lost(lost, executor_id, time.monotonic(), may_return=may_return)
             if not may_return:  # else it may be back before that is news
+                self.observer.on_gone(executor_id)
                 self._note_lost(link, lost)
             self._pump()
         elif executor_id not in self._links and not may_return:  # it was waited for
-            self._note_lost(link, self.scheduler.give_up(executor_id, died=died))
+            lost = self.scheduler.give_up(executor_id, died=died)
+            self.observer.on_lost(lost, executor_id, time.monotonic(), may_return=False)
+            self.observer.on_gone(executor_id)
+            self._note_lost(link, lost)
 
     def _note_lost(self, link: Link, requests: list[Request]) -> None:
         given_up = [request for request in requests if request.state is RequestState.FINISHED]
@@ -335,7 +331,7 @@ class Engine:
                 "requests wait again", executor_id=link.executor_id, request_count=len(requests) - len(given_up)
             )
         for request in given_up:
-            log.error("request given up", request_id=request.request_id, reason=request.error)
+            log.error("request given up", **log_ids(request), reason=request.error)
         self._tell_ends(given_up)
         self._pump()
 
@@ -349,6 +345,7 @@ class Engine:
         """What an executor that drains has not finished goes on elsewhere."""
         if self._links.get(link.executor_id) is link and not self.draining:
             self.scheduler.hand_over(link.executor_id)
+            self._note_preempted("drained")
             self._pump()
 
     def answered(self, link: Link, result: Result) -> None:
@@ -356,7 +353,18 @@ class Engine:
 
         Raises `ProtocolError` when the executor makes no sense.
         """
-        self._plan_and_tell(link, result.step, self.scheduler.apply(link.executor_id, result))
+        self.observer.on_answered(link.executor_id, result.step, time.monotonic())
+        began_at = time.perf_counter()
+        outputs = self.scheduler.apply(link.executor_id, result)
+        self.meter.apply.add(time.perf_counter() - began_at)
+        self._note_preempted("out of memory")
+        self.observer.on_finished(outputs.finished, time.monotonic())
+        self._plan_and_tell(link, result.step, outputs)
+
+    def _note_preempted(self, cause: str) -> None:
+        if self.scheduler.preempted:
+            self.observer.on_preempted(self.scheduler.preempted, time.monotonic(), cause)
+            self.scheduler.preempted.clear()
 
     def _plan_and_tell(self, link: Link, step: int, outputs: Outputs) -> None:
         """What came is told even if planning fails: nobody would ever hear of it otherwise."""
@@ -375,15 +383,19 @@ class Engine:
     def _release(self, link: Link, step: int, outputs: Outputs) -> None:
         now = time.monotonic()
         stopped = False
+        gaps: dict[float, int] = {}  # how many tokens follow one that was released when
         self.meter.generated_token_count += len(outputs.tokens)
         for request, token_id in outputs.tokens:
             stream = self._streams.get(request)
             if stream is None:
                 continue  # its end was told meanwhile
+            if (previous_at := stream.last_token_at) is not None:
+                gaps[previous_at] = gaps.get(previous_at, 0) + 1
             stopped_at = stream.push(token_id, now)
             if stopped_at is not None:
                 self._stop(request, stopped_at)
                 stopped = True
+        self.observer.on_released(now, gaps)
         for request in outputs.finished:
             self._end_stream(request)
         link.acknowledge(step)
@@ -419,11 +431,17 @@ class Engine:
             progress = False
             now = time.monotonic()
             for executor_id, link in self._links.items():
+                began_at = time.perf_counter()
                 while (plan := self.scheduler.plan(executor_id, now)) is not None:
+                    self.meter.plan.add(time.perf_counter() - began_at)
                     link.send(plan)
+                    self._note_preempted("preempted")
+                    self.observer.on_planned(executor_id, plan, now)
                     self.meter.computed_token_count += plan.token_count
                     self._recorder.placed(executor_id, link.incarnation, plan)
                     progress = True
+                    began_at = time.perf_counter()
+        self._note_preempted("preempted")  # also on executors that had nothing to plan
         for executor_id, link in self._links.items():
             executor = self.scheduler.executors[executor_id]
             if executor.draining and executor.is_idle:
@@ -435,10 +453,12 @@ class Engine:
         if stream is None:
             return
         assert request.finish_reason is not None
-        stream.end(request.finish_reason, time.monotonic())
+        now = time.monotonic()
+        stream.end(request.finish_reason, now)
+        self.observer.on_finished((request,), now)
         answer = self._answer_of(request)
         if answer.has_ended:
-            self._meter_end(answer)
+            self.observer.on_ended(answer, now)
             self.answers.note_ended(answer)
         self._ended.set()
 
@@ -478,17 +498,3 @@ class Engine:
         self.answers.interrupt(
             RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler restarts; the answer goes on when it is back")
         )
-
-
-def _cancelled(request_id: str) -> RefusedError:
-    return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request_id}' was cancelled")
-
-
-def _leaving() -> RefusedError:
-    return RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; retry with backoff")
-
-
-def _overloaded(reason: str) -> RefusedError:
-    return RefusedError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, f"the queue is full: {reason}; retry after a second", retry_after_s=1.0
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from paceline.internal.v1 import executor_pb2_grpc
 from scheduler_svc import wire
 from scheduler_svc.core.plan import Capacity, Inventory, Plan, ProtocolError, Result
 from scheduler_svc.core.request import Request
+from scheduler_svc.observation.step_meter import StepMeter
 
 log = structlog.get_logger()
 
@@ -97,8 +97,7 @@ class ExecutorLink:
         self._outgoing: asyncio.Queue[pb.SchedulerMessage] = asyncio.Queue()
         self._unanswered: deque[bool] = deque()  # for each plan on its way: whether it goes on with requests
         self._step_began_at: float | None = None  # when the oldest unanswered plan became the oldest
-        self._busy_us = self._starved_us = 0  # since the link was made
-        self._step_times_us: deque[int] = deque(maxlen=64)
+        self.steps = StepMeter()
         self.answered_step = 0
         self._acknowledged_step = 0  # to be told with the next plan; 0: was told
         self._detached = False
@@ -109,12 +108,12 @@ class ExecutorLink:
     @property
     def step_us(self) -> int:
         """Median time of the last steps on the executor; 0 before the first."""
-        return round(statistics.median(self._step_times_us)) if self._step_times_us else 0
+        return round(1e6 * self.steps.median_s)
 
     @property
     def idle_share(self) -> float:
         """Share of the time, 0 to 1, in which the executor had requests to go on with and no plan."""
-        return self._starved_us / max(1, self._starved_us + self._busy_us)
+        return self.steps.idle_share
 
     def is_wedged(self, now: float, least_s: float) -> bool:
         """Whether a step takes so long that the device must be stuck: 20 times the usual, and at least `least_s`."""
@@ -125,6 +124,8 @@ class ExecutorLink:
         """Put a plan on its way."""
         message = self._message(plan=wire.encode_plan(plan, self._acknowledged_step))
         self._acknowledged_step = 0
+        self.steps.sent_byte_count += message.ByteSize()
+        self.steps.token_count += plan.token_count
         if not self._unanswered:
             self._step_began_at = self._clock()
         self._unanswered.append(plan.request_count > len(plan.new_requests))
@@ -241,14 +242,11 @@ class ExecutorLink:
             self._take_result(message)
 
     def _take_result(self, message: pb.ExecutorMessage) -> None:
-        timings = message.result.timings
         if not self._unanswered:
             raise ProtocolError(f"result of step {message.result.step}, but no plan is in flight")
         goes_on = self._unanswered.popleft()
-        busy_us = timings.prepare_us + timings.forward_us + timings.sample_us
-        self._step_times_us.append(busy_us)
-        self._busy_us += busy_us
-        self._starved_us += timings.idle_us if goes_on else 0
+        self.steps.received_byte_count += message.ByteSize()
+        self.steps.note(wire.decode_phases(message.result.timings), goes_on=goes_on)
         self._step_began_at = self._clock() if self._unanswered else None
         self.answered_step = message.result.step
         self._events.answered(self, wire.decode_result(message.result))

@@ -21,7 +21,7 @@ from scheduler_svc.scaling_lease import LEASE_S, ScalingLease
 
 log = structlog.get_logger()
 
-_DURABILITIES = {
+DURABILITIES = {
     Durability.OFF: fleet_pb2.DURABILITY_OFF,
     Durability.ON: fleet_pb2.DURABILITY_ON,
     Durability.LOST: fleet_pb2.DURABILITY_LOST,
@@ -62,7 +62,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             executors=[describe(member, self._engine) for member in members],
             waiting_request_count=self._engine.scheduler.waiting_count + self._engine.meter.at_door_count,
             epoch=self._fleet.epoch,
-            durability=_DURABILITIES[self._journal.durability],
+            durability=DURABILITIES[self._journal.durability],
             journal_bytes=self._journal.byte_count,
             scaling_holder_id=self._scaling.holder(time.monotonic()),
         )
@@ -123,6 +123,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         before = self._scaling.holder(now)
         if not self._scaling.take(holder, now, request.starting_executor_count, request.next_ready_ms / 1e3):
             await abort(context, self._not_yours(now))
+        self._scaling.told(request.decision if request.HasField("decision") else None, request.metrics_address)
         if before != holder:
             log.info("an autoscaler follows the load", holder_id=holder)
         return fleet_pb2.LeaseScalingResponse(lease_ms=round(LEASE_S * 1000))

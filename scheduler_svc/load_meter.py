@@ -5,18 +5,75 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
-from collections import deque
-from collections.abc import Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import grpc
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Limits between which times are counted: from a fast step to a queue that nobody waits out."""
+
+BUCKETS_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+"""Limits between which counts of tokens are counted."""
+
+_REFUSALS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "queue_full",
+    grpc.StatusCode.INVALID_ARGUMENT: "invalid",
+    grpc.StatusCode.NOT_FOUND: "invalid",
+    grpc.StatusCode.ALREADY_EXISTS: "invalid",
+    grpc.StatusCode.DATA_LOSS: "invalid",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "hopeless",
+    grpc.StatusCode.UNAVAILABLE: "leaving",
+}
 
 _WINDOW_S = 60.0
 _KEPT = 4096
 _MEMORY = 0.98
 """Weight that an ended request keeps with each later one in mean lengths: about the last fifty count."""
+
+
+class Exemplar(NamedTuple):
+    """A measured time that stands for its bucket, and where to read how it came about."""
+
+    trace_id: str
+    seconds: float
+    at_s: float  # since 1970
+
+
+@dataclass(slots=True)
+class WorkMeter:
+    """Time that the scheduler itself takes for something, in seconds."""
+
+    count: int = 0
+    total_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It has been done once more."""
+        self.count += 1
+        self.total_s += seconds
+
+
+@dataclass(slots=True)
+class SizeMeter:
+    """Counts of tokens."""
+
+    count: int = 0
+    total: int = 0
+    _bucket_counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_TOKENS) + 1))
+
+    def note(self, size: int) -> None:
+        """Somebody had so many."""
+        self.count += 1
+        self.total += size
+        self._bucket_counts[bisect.bisect_left(BUCKETS_TOKENS, size)] += 1
+
+    def cumulative(self) -> list[tuple[int, int]]:
+        """For each limit, how many had no more, since the beginning."""
+        return list(zip(BUCKETS_TOKENS, itertools.accumulate(self._bucket_counts), strict=False))
 
 
 @dataclass(slots=True)
@@ -25,15 +82,19 @@ class LatencyMeter:
 
     count: int = 0
     sum_s: float = 0.0
+    exemplars: dict[int, Exemplar] = field(default_factory=dict)  # by bucket
     _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))  # (when, how long)
     _bucket_counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
 
-    def note(self, now: float, seconds: float) -> None:
-        """It took somebody so long."""
-        self.count += 1
-        self.sum_s += seconds
+    def note(self, now: float, seconds: float, trace_id: str = "", *, count: int = 1) -> None:
+        """It took somebody so long, or several; `trace_id` is where that is recorded, "" nowhere."""
+        self.count += count
+        self.sum_s += count * seconds
         self._recent.append((now, seconds))
-        self._bucket_counts[bisect.bisect_left(BUCKETS_S, seconds)] += 1
+        bucket = bisect.bisect_left(BUCKETS_S, seconds)
+        self._bucket_counts[bucket] += count
+        if trace_id:
+            self.exemplars[bucket] = Exemplar(trace_id, seconds, time.time())
 
     def cumulative(self) -> list[tuple[float, int]]:
         """For each limit in seconds, how many took no longer, since the beginning."""
@@ -66,13 +127,28 @@ class LoadMeter:
         """Start at nothing."""
         self.arrived_request_count = 0
         self.arrived_prompt_token_count = 0
-        self.refused_request_count = 0
         self.ended_request_count = 0
         self.generated_token_count = 0
         self.computed_token_count = 0
         self.reused_token_count = 0
+        self.ended_prompt_token_count = 0
+        self.recomputed_token_count = 0
+        self.preemption_count = 0
         self.first_token = LatencyMeter()
         self.per_token = LatencyMeter()
+        self.queue = LatencyMeter()  # from acceptance to the first placement
+        self.prefill = LatencyMeter()  # from a placement to the next token
+        self.decode = LatencyMeter()  # from the first token to the end
+        self.between_tokens = LatencyMeter()  # from one token of a request to its next
+        self.whole = LatencyMeter()  # from acceptance to the end
+        self.plan = WorkMeter()  # plans made
+        self.apply = WorkMeter()  # results taken in
+        self.prompt_sizes = SizeMeter()
+        self.output_sizes = SizeMeter()
+        self.refused_counts: Counter[str] = Counter()  # by reason
+        self.outcome_counts: Counter[str] = Counter()  # why requests ended
+        self.move_counts: Counter[str] = Counter()  # placements that had to end before their requests, by cause
+        self.recovery_counts: Counter[str] = Counter()  # what became of executors that went: `resumed`, `replanned`
         self._at_door: dict[
             object, float
         ] = {}  # who waits for the first executor to say what the model takes; since when
@@ -89,23 +165,53 @@ class LoadMeter:
         self.arrived_request_count += 1
         self.arrived_prompt_token_count += prompt_count
 
-    def note_first_token(self, now: float, seconds: float) -> None:
+    @property
+    def refused_request_count(self) -> int:
+        """Requests that found the queue full."""
+        return self.refused_counts["queue_full"]
+
+    def note_refused(self, code: grpc.StatusCode) -> None:
+        """A request was not let in."""
+        self.refused_counts[_REFUSALS.get(code, "other")] += 1
+
+    def note_first_token(self, now: float, seconds: float, trace_id: str = "") -> None:
         """A request has waited so long for its first token."""
-        self.first_token.note(now, seconds)
+        self.first_token.note(now, seconds, trace_id)
         for watcher in self._watchers:
             watcher.first_token_within_count += seconds <= watcher.first_token_target_s
 
-    def note_ended(
-        self, now: float, prompt_count: int, output_count: int, reused_count: int, decoding_s: float
-    ) -> None:
-        """A request has ended, `decoding_s` after its first token."""
+    def note_outcome(self, outcome: str) -> None:
+        """A request has ended, whatever for."""
         self.ended_request_count += 1
+        self.outcome_counts[outcome] += 1
+
+    def note_ended(
+        self,
+        now: float,
+        *,
+        prompt_count: int,
+        output_counts: Sequence[int],
+        reused_count: int,
+        decoding_s: float,
+        total_s: float,
+        outcome: str,
+        trace_id: str = "",
+    ) -> None:
+        """A request has ended, `decoding_s` after its first token; `output_counts` are those of its choices."""
+        self.note_outcome(outcome)
         self.reused_token_count += reused_count
+        self.ended_prompt_token_count += prompt_count
+        self.whole.note(now, total_s, trace_id)
+        self.prompt_sizes.note(prompt_count)
+        for size in output_counts:
+            self.output_sizes.note(size)
+        output_count = sum(output_counts) // len(output_counts)
         if not output_count:
             return  # it says nothing of what others will come to
         self._weight = self._weight * _MEMORY + 1.0
         self._prompt_tokens += (prompt_count - self._prompt_tokens) / self._weight
         self._output_tokens += (output_count - self._output_tokens) / self._weight
+        self.decode.note(now, decoding_s)
         if output_count > 1:
             seconds = decoding_s / (output_count - 1)
             self.per_token.note(now, seconds)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import secrets
+import socket
 import sys
 import time
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from common.grpc_servers import Server
-from common.metrics import serve_metrics
+from common.http_pages import HttpPages
 from common.processes import run_loop, stop_event
 from common.serving_folder import ServingFolder
-from paceline.v1 import fleet_pb2_grpc, inference_pb2_grpc
+from common.spans import Origin
+from paceline.v1 import fleet_pb2_grpc, inference_pb2_grpc, observation_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
 from scheduler_svc.config import SchedulerConfig, check_settings
 from scheduler_svc.door import Door
@@ -23,18 +28,27 @@ from scheduler_svc.fleet import Fleet
 from scheduler_svc.fleet_service import FleetService
 from scheduler_svc.journal.journal import Durability, Journal
 from scheduler_svc.journal.restored import Restored
-from scheduler_svc.load import load_of
-from scheduler_svc.load_meter import LoadWatcher
-from scheduler_svc.metrics import SchedulerMetrics
+from scheduler_svc.load_meter import LoadMeter
+from scheduler_svc.observation.metrics import SchedulerMetrics
+from scheduler_svc.observation.observer import Observer
+from scheduler_svc.observation.overview import SAMPLE_EVERY_S, Overview
+from scheduler_svc.observation.pages import StatusPages, metrics_targets
+from scheduler_svc.observation.request_spans import SCHEDULER_SERVICE
+from scheduler_svc.observation.service import ObservationService
+from scheduler_svc.observation.tracing import Tracing
+from scheduler_svc.observation.vllm_metrics import VllmMetrics
 from scheduler_svc.recorder import Recorder, answer_of, owner_of
 from scheduler_svc.refuse_malformed import RefuseMalformed
 from scheduler_svc.scaling_lease import LEASE_S, ScalingLease
 from scheduler_svc.service import InferenceService
 from scheduler_svc.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from common.span_exporter import OtlpSink
+
 log = structlog.get_logger()
 
-SERVICES = ("paceline.v1.InferenceService", "paceline.v1.FleetService")
+SERVICES = ("paceline.v1.InferenceService", "paceline.v1.FleetService", "paceline.v1.ObservationService")
 DURABILITY = "paceline.durability"
 """Name under which health says whether what is accepted outlives this process."""
 
@@ -66,6 +80,17 @@ def load_model(config: SchedulerConfig) -> tuple[str, str, Tokenizer, dict[str, 
     return name, folder.fingerprint, Tokenizer.from_folder(folder), folder.generation_defaults()
 
 
+def _open_sink(config: SchedulerConfig) -> OtlpSink | None:
+    """Where traces go, or None; OpenTelemetry is not even imported then."""
+    endpoint = config.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
+    endpoint = endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    if not endpoint:
+        return None
+    from common.span_exporter import OtlpSink
+
+    return OtlpSink(endpoint)
+
+
 def _open_journal(config: SchedulerConfig) -> Journal:
     if config.journal in ("", "off"):
         return Journal.off()
@@ -83,7 +108,17 @@ class SchedulerApp:
         self.journal = _open_journal(config)
         epoch = self.journal.next_epoch(int(time.time() * 1000))  # a later life has a higher epoch
         recorder = self._recorder = Recorder(self.journal, epoch, fingerprint)
-        self.engine = Engine(config, recorder)
+        self.sink = _open_sink(config)
+        origin = Origin(SCHEDULER_SERVICE, f"{socket.gethostname()}-{os.getpid()}")
+        observer = Observer(
+            LoadMeter(),
+            Tracing(self.sink, config.trace_requests, config.trace_steps),
+            origin,
+            model_name,
+            keep_count=config.keep_timelines,
+            keeps_content=config.trace_content,
+        )
+        self.engine = Engine(config, recorder, observer)
         owner = (epoch, secrets.token_hex(8))
         self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine, self.journal)
         self._config = config
@@ -91,11 +126,14 @@ class SchedulerApp:
         self._server = Server(interceptors=[RefuseMalformed()])
         self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
-        scaling = ScalingLease(time.monotonic() + LEASE_S) if self.journal.restored.epoch else ScalingLease()
+        scaling = self._scaling = ScalingLease(time.monotonic() + LEASE_S if self.journal.restored.epoch else -math.inf)
         inference = InferenceService(self.door, self.engine, self.fleet, scaling, model)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server.grpc)
         self._fleet_service = FleetService(self.fleet, self.engine, self.journal, scaling, model_name)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet_service, self._server.grpc)
+        self._overview = Overview(self.fleet, self.engine, self.journal, scaling, model_name)
+        observation = ObservationService(self._overview, observer)
+        observation_pb2_grpc.add_ObservationServiceServicer_to_server(observation, self._server.grpc)
         self.journal.snapshot = lambda: [*self.fleet.records(), *recorder.snapshot(self.engine.answers)]
         self.journal.outputs = lambda: recorder.outputs(self.engine.answers)
         self.journal.shed = self.engine.answers.forget_oldest
@@ -103,13 +141,18 @@ class SchedulerApp:
 
     def metrics(self) -> SchedulerMetrics:
         """What Prometheus is told."""
-        nobody = LoadWatcher()
-        return SchedulerMetrics(
-            lambda: load_of(self.door.model_name, self.fleet, self.engine, nobody),
-            lambda: self.engine.scheduler.request_count,
-            self.engine.meter,
-            self.journal,
-        )
+        return SchedulerMetrics(self.door.model_name, self.fleet, self.engine, self.journal, self.sink)
+
+    def pages(self) -> HttpPages:
+        """What is answered over HTTP."""
+        vllm = VllmMetrics(self.door.model_name, self.fleet, self.engine)
+        targets = partial(metrics_targets, self.fleet, self._scaling)
+        return StatusPages(self._overview, self.engine.observer, self.metrics(), vllm, targets).http
+
+    async def _sample(self) -> None:
+        while True:
+            self._overview.sample()
+            await asyncio.sleep(SAMPLE_EVERY_S)
 
     def _restore(self) -> None:
         """Go on where an earlier life left off."""
@@ -150,6 +193,7 @@ class SchedulerApp:
     async def run(self, stopping: asyncio.Event) -> None:
         """Watch over the fleet until `stopping` is set, then drain; or until another scheduler has taken over."""
         watching = asyncio.create_task(self.fleet.watch())
+        sampling = asyncio.create_task(self._sample())
         events = [asyncio.create_task(event.wait()) for event in (stopping, self.engine.is_fenced)]
         await asyncio.wait((watching, *events), return_when=asyncio.FIRST_COMPLETED)
         for event in events:
@@ -159,11 +203,14 @@ class SchedulerApp:
         elif not watching.done():
             await self._drain()
         watching.cancel()
+        sampling.cancel()
         self._fleet_service.leave()
         self.engine.close()
         self.fleet.close()
         await self._server.stop(_LAST_CHUNKS_S)
         await self.journal.close()
+        if self.sink is not None:
+            await asyncio.to_thread(self.sink.close)
         if not watching.cancelled() and watching.done():
             watching.result()  # a bug: nobody watched the leases any more
 
@@ -181,8 +228,9 @@ async def _serve(
     stopping = stop_event()
     app = SchedulerApp(config, model_name, fingerprint, tokenizer, defaults)
     addresses = await app.start()
-    if config.metrics_port:
-        serve_metrics(config.metrics_port, app.metrics())
-    log.info("scheduler ready", addresses=addresses, model=model_name)
+    pages = app.pages()
+    http_port = pages.start(config.http_port, config.http_host, "--http-port") if config.http_port else 0
+    log.info("scheduler ready", addresses=addresses, model=model_name, http_port=http_port)
     await app.run(stopping)
+    pages.stop()
     return 1 if app.engine.is_fenced.is_set() else 0

@@ -24,6 +24,7 @@ class OutputStream:
         self.token_ids: array[int] = array("I")
         self.finish_reason: FinishReason | None = None  # set once nothing comes any more
         self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
         self.ended_at: float | None = None
         self._text_stream = text
         self._text = ""  # made
@@ -37,6 +38,7 @@ class OutputStream:
             self.first_token_at = now
             if self.on_first_token is not None:
                 self.on_first_token(now)
+        self.last_token_at = now
         self.token_ids.append(token_id)
         self._on_news(self)
         return self._make_text() if self._text_stream.has_stops else None

@@ -152,7 +152,7 @@ def accepted_record(answer: Answer, fingerprint: str) -> records.Accepted:
             "tenant": request.tenant,
             "cache_salt": request.cache_salt,
             "detach_timeout_s": terms.detach_timeout_s,
-            "trace": [trace.trace_id.hex(), trace.span_id.hex(), trace.flags] if trace else None,
+            "trace": _trace_record(trace) if trace else None,
         },
         keys=tuple(choice.key for choice in request.family),
     )
@@ -242,5 +242,12 @@ def owner_of(choice: RestoredChoice, incarnations: Mapping[str, int]) -> str:
     return name if name is not None and incarnations.get(name) == choice.incarnation else ""
 
 
+def _trace_record(trace: TraceContext) -> list[str | int]:
+    return [trace.trace_id.hex(), trace.span_id.hex(), trace.flags, trace.parent_id.hex()]
+
+
 def _trace_of(value: Any) -> TraceContext | None:
-    return TraceContext(bytes.fromhex(value[0]), bytes.fromhex(value[1]), value[2]) if value else None
+    if not value:
+        return None
+    trace_id, span_id, flags, *parent = value  # the release before knew no parent
+    return TraceContext(bytes.fromhex(trace_id), bytes.fromhex(span_id), flags, bytes.fromhex("".join(parent)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from paceline.v1 import fleet_pb2
+
 LEASE_S = 5.0
 """How long the right lasts after each renewal."""
 
@@ -20,6 +22,20 @@ class ScalingLease:
         self._next_ready_at = math.inf  # soonest; infinity: unknown
         self._starts_in_s = 0.0  # soonest, where none is being started
         self.starting_count = 0
+        self._decision: fleet_pb2.ScalingDecision | None = None
+        self._metrics_address = ""
+
+    def told(self, decision: fleet_pb2.ScalingDecision | None, metrics_address: str) -> None:
+        """What its holder says of itself, for operators."""
+        self._decision, self._metrics_address = decision, metrics_address
+
+    def decision(self, now: float) -> fleet_pb2.ScalingDecision | None:
+        """What the holder decided last, if there is one and it has said so."""
+        return self._decision if self.holder(now) else None
+
+    def metrics_address(self, now: float) -> str:
+        """Where the holder's metrics are; "": nowhere."""
+        return self._metrics_address if self.holder(now) else ""
 
     def holder(self, now: float) -> str:
         """Who has it; "": nobody."""

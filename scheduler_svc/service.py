@@ -13,11 +13,10 @@ import grpc
 import structlog
 
 from common.errors import RefusedError, abort, invalid
-from common.tracing import parse_traceparent
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import inference_pb2_grpc
 from scheduler_svc.answers import Answer, Piece, Reader, data_loss
-from scheduler_svc.core.request import FinishReason, TraceContext
+from scheduler_svc.core.request import FinishReason
 from scheduler_svc.door import Door, content_hash, positions_of, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
@@ -125,6 +124,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Let a request in, or read one that is in already. Raises `RefusedError`; with `wait`, a full queue is waited
         for instead.
         """
+        try:
+            return await self._accept(message, context, wait=wait)
+        except RefusedError as error:
+            self._engine.meter.note_refused(error.code)
+            raise
+
+    async def _accept(
+        self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext, *, wait: bool
+    ) -> Reader:
         if isinstance(message, Malformed):
             raise message.error
         request_id = request_id_of(message)
@@ -154,8 +162,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._refuse_hopeless(request_id, deadline)
             if self._fleet.limits is None:
                 await self._wait_for_first_executor(request_id)
+            trace = self._engine.observer.tracing.accept(_traceparent(context))
             request, texts, terms = await self._door.request(
-                message, request_id, self._fleet.limits, deadline, _trace(context)
+                message, request_id, self._fleet.limits, deadline, trace, "GenerateBatch" if wait else "Generate"
             )
             if wait:
                 await self._engine.wait_for_room(request_id, len(request.token_ids))
@@ -333,7 +342,6 @@ def _usage(answer: Answer) -> pb.Usage:
     )
 
 
-def _trace(context: grpc.aio.ServicerContext) -> TraceContext | None:
+def _traceparent(context: grpc.aio.ServicerContext) -> str | None:
     header = dict(context.invocation_metadata() or ()).get("traceparent")
-    parsed = parse_traceparent(header) if isinstance(header, str) else None
-    return TraceContext(*parsed) if parsed else None
+    return header if isinstance(header, str) else None

@@ -9,6 +9,7 @@ from common.token_hashes import hash_tokens
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc.core.plan import HeldAttempt, HeldState, Inventory, NewRequest, Plan, ProtocolError, Result
 from scheduler_svc.core.request import Request, TraceContext
+from scheduler_svc.observation.step_meter import Phases
 
 
 def encode_plan(plan: Plan, acknowledged_step: int = 0) -> pb.Plan:
@@ -56,6 +57,17 @@ def decode_result(message: pb.StepResult) -> Result:
     out_of_memory = frozenset(error.slot for error in message.errors if error.out_of_memory) if errors else frozenset()
     token_ids = np.frombuffer(message.token_ids, dtype="<i4").tolist()
     return Result(message.step, token_ids, errors, seconds, out_of_memory)
+
+
+def decode_phases(timings: pb.Timings) -> Phases:
+    """Where the time of a step went, in seconds."""
+    return Phases(
+        idle=timings.idle_us / 1e6,
+        wait=timings.queued_us / 1e6,
+        prepare=timings.prepare_us / 1e6,
+        forward=timings.forward_us / 1e6,
+        sample=timings.sample_us / 1e6,
+    )
 
 
 def decode_inventory(message: pb.Attached, find: Callable[[str, int], Request | None]) -> Inventory:

@@ -13,7 +13,7 @@ from paceline.v1 import fleet_pb2_grpc, inference_pb2, inference_pb2_grpc, sampl
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.main import SchedulerApp, load_model
 
-PLACING = ("choice_count", "priority", "tenant", "cache_salt")
+PLACING = ("choice_count", "priority", "tenant", "cache_salt", "detach_timeout_s")
 FAST = ExecutorConfig(model="fake", block_size=4, fake_block_count=64, max_num_seqs=8, fake_step_us=500)
 
 

@@ -88,6 +88,13 @@ class BlockPool:
         """How many block tables name the block."""
         return self._references[block]
 
+    def picture(self) -> bytes:
+        """A byte for each block: 0 holds nothing, 1 can be found by its content, 2 a block table names it."""
+        picture = bytearray(2 * (references > 0) for references in self._references)
+        for block in self._reusable:
+            picture[block] = 1
+        return bytes(picture)
+
     def check_invariants(self, held: Counter[int]) -> None:
         """Hold the pool against the blocks that all block tables name, and how often."""
         counted = Counter({block: count for block, count in enumerate(self._references) if count})

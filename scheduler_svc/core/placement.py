@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from enum import Enum
 
@@ -19,6 +19,8 @@ _LOOK_AHEAD = 16
 
 _LATE_LOOK_AHEAD = 256
 """Requests that cannot be finished in time before one of them is started although another further behind might be."""
+
+_MOST_PREEMPTED = 65536  # only where nobody reads them
 
 
 class _Outcome(Enum):
@@ -38,6 +40,7 @@ class Placement:
         self.queue = WaitingQueue(policy)
         self.lengths = LengthOutlook()
         self.stranded: set[Request] = set()  # WAITING; no executor that is here now could ever hold them
+        self.preempted: deque[Request] = deque(maxlen=_MOST_PREEMPTED)  # in order, for whoever wants to know
         self._stranded_token_count = 0
         self._policy = policy
         self._executors: OrderedDict[Executor, None] = OrderedDict()  # the last one that changed is last
@@ -308,6 +311,7 @@ class Placement:
         """
         executor.release(request)
         request.state = RequestState.WAITING
+        self.preempted.append(request)
         self.note_change(executor)
         if executor.in_flight:
             executor.unsettled.append((executor.step, request))

@@ -53,8 +53,9 @@ class TraceContext:
     """A W3C trace context: `trace_id` 16 bytes, `span_id` 8 bytes, `flags` 1 is sampled."""
 
     trace_id: bytes
-    span_id: bytes
+    span_id: bytes  # of the request itself
     flags: int
+    parent_id: bytes = b""  # span of the caller that it is a part of; b"" for none
 
 
 @dataclass(slots=True, eq=False)

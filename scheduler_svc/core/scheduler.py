@@ -40,6 +40,7 @@ class Scheduler:
         self._reuse = reuse
         self._requests: dict[str, Request] = {}  # by id, choice 0 of every request that has not ended
         self._placement = Placement(self.policy)
+        self.preempted = self._placement.preempted  # who had to leave an executor; for the caller to read and clear
         self._absences: dict[str, Absence] = {}  # by executor id; none of `executors`
         self._capacities: dict[Capacity, None] = {}  # of all executors that ever joined
         self._moments = Moments()

@@ -64,6 +64,9 @@ class House:
     def may_act(self) -> bool:
         return self.may if self.answers is None else next(self.answers, False)
 
+    def show(self, wanted, reason, changed_at, cost_per_hour):
+        self.shown = wanted, reason
+
     def tell(self, starting_count: int, next_ready_s: float) -> None:
         self.told.append((starting_count, next_ready_s))
 

@@ -8,7 +8,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from common.grpc_servers import AddressError, Server, bind, check_host_port, reachable
-from common.metrics import serve_metrics
+from common.http_pages import HttpPages
+from common.processes import ANY_PORT
 
 
 @pytest.mark.parametrize(
@@ -74,12 +75,14 @@ def test_metrics_are_served_as_they_are_when_asked():
         def collect(self):
             yield GaugeMetricFamily("reading", "Now.", now["reading"])
 
-    port = serve_metrics(0, Reading(), host="127.0.0.1")
+    pages = HttpPages([Reading()])
+    port = pages.start(ANY_PORT, "127.0.0.1")
     texts = []
     for now["reading"] in (2.0, 3.0):
         with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             texts.append(answer.read().decode())
 
     assert ["reading 2.0\n" in texts[0], "reading 3.0\n" in texts[1]] == [True, True]
-    with pytest.raises(AddressError, match=f"cannot serve metrics on port {port}: .* in use; choose another"):
-        serve_metrics(port, host="127.0.0.1")
+    with pytest.raises(AddressError, match=f"cannot serve HTTP on 127.0.0.1:{port}: .* in use; choose another"):
+        HttpPages([]).start(port, "127.0.0.1")
+    pages.stop()

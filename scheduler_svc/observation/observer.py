@@ -1,0 +1,393 @@
+"""Sees what happens in the engine, and remembers it: timelines, histograms, spans. Changes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any
+
+import structlog
+
+from common.spans import Origin, Span, SpanLink
+from scheduler_svc.answers import Answer
+from scheduler_svc.core.executor import Executor
+from scheduler_svc.core.plan import Chunk, NewRequest, Plan
+from scheduler_svc.core.request import Request, TraceContext
+from scheduler_svc.load_meter import LoadMeter
+from scheduler_svc.observation.request_facts import content_of, facts_of
+from scheduler_svc.observation.request_spans import RequestSpans, phase_spans
+from scheduler_svc.observation.step_meter import StepMeter
+from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
+from scheduler_svc.observation.tracing import SAMPLED, Tracing
+
+log = structlog.get_logger()
+
+_MOST_LINKS = 32
+"""Requests that a recorded step is linked to."""
+
+_MOST_STEP_LINKS = 8
+"""Recorded steps that an attempt is linked to."""
+
+_SLOW_FACTOR, _SLOW_S = 5.0, 0.05
+"""A step is slow when it took so many times the mean, and at least so long."""
+
+_FAILED = ("error", "deadline", "cut off")
+_BROKEN = ("error", "cut off")  # the service is to blame
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step on its way that something is to be noted of."""
+
+    plan: Plan
+    began_at: float
+    trace: TraceContext | None  # where it is to be recorded, whatever it brings
+    runs: list[tuple[Attempt, Run, bool]] = field(default_factory=list)  # ..., whether it brings the next token
+
+
+def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook whose mistakes cost a picture, and nobody an answer."""
+
+    @wraps(hook)
+    def guarded(*arguments: Any, **named: Any) -> None:
+        try:
+            hook(*arguments, **named)
+        except Exception:
+            log.exception("what was observed is lost; serving goes on", hook=hook.__name__)
+
+    return guarded
+
+
+class Observer:
+    """Told by the engine what happened. All of it is plain assignments; nothing waits."""
+
+    def __init__(
+        self,
+        meter: LoadMeter,
+        tracing: Tracing,
+        origin: Origin,
+        model: str,
+        *,
+        keep_count: int = 512,
+        keeps_content: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Feed `meter` and `tracing`; remember the `keep_count` timelines that ended last."""
+        self.tracing = tracing
+        self.meter = meter
+        self._origin = origin
+        self._spans = RequestSpans(origin)
+        self._model = model
+        self._keeps_content = keeps_content
+        self._clock = clock
+        self._live: dict[str, Timeline] = {}
+        self._ended: deque[Timeline] = deque(maxlen=keep_count)
+        self._flights: dict[str, dict[int, _Flight]] = {}  # by executor and step
+        self._steps: dict[str, StepMeter] = {}  # by executor
+        self._computed: dict[Request, int] = {}  # tokens that somebody who left an executor had computed there
+
+    # --- what others read ---------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> list[Timeline]:
+        """The requests that have not ended, the oldest first."""
+        return list(self._live.values())
+
+    @property
+    def ended(self) -> list[Timeline]:
+        """Those that have ended last, the latest first."""
+        return list(reversed(self._ended))
+
+    def find(self, request_id: str) -> Timeline | None:
+        """The timeline of a request, if it is remembered."""
+        return self._live.get(request_id) or next((one for one in self.ended if one.request_id == request_id), None)
+
+    def spans(self, timeline: Timeline) -> list[Span]:
+        """The trace of a request, as far as it goes."""
+        return self._spans.of(timeline, self._clock())
+
+    @property
+    def _wall_ns(self) -> int:
+        return time.time_ns() - round(self._clock() * 1e9)
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    @_harmless
+    def on_accepted(self, answer: Answer, *, is_restored: bool = False) -> None:
+        """A request was let in; `is_restored`: by an earlier life of the scheduler."""
+        request = answer.request
+        trace = request.trace or self.tracing.accept(None)
+        if not is_restored and self.tracing.is_chosen(trace):
+            trace = replace(trace, flags=trace.flags | SAMPLED)
+        for choice in request.family:
+            choice.trace = trace
+        timeline = self._live[request.request_id] = Timeline(
+            request_id=request.request_id,
+            trace=trace,
+            accepted_at=answer.accepted_at,
+            facts=facts_of(answer, self._model),
+            choice_count=len(answer.streams),
+            tenant=request.tenant,
+            max_output_count=request.max_output_count,
+            answer=answer,
+            wall_ns=self._wall_ns,
+            is_restored=is_restored,
+        )
+        if is_restored:
+            timeline.note(self._clock(), "taken over after a restart of the scheduler")
+            return
+        for stream in answer.streams:
+            stream.on_first_token = lambda now: self._note_first_token(timeline, now)
+        self.meter.note_arrived(request.prompt_count)
+
+    def _note_first_token(self, timeline: Timeline, now: float) -> None:
+        answer = timeline.answer
+        if answer is not None and not answer.output_token_count:  # none of the other choices was faster
+            timeline.note(now, "first token")
+            self.meter.note_first_token(now, now - timeline.accepted_at, self._exemplar(timeline))
+
+    @_harmless
+    def on_finished(self, requests: Iterable[Request], now: float) -> None:
+        """No executor computes these choices any more."""
+        for request in requests:
+            self._computed.pop(request, None)
+            if (timeline := self._live.get(request.request_id)) is not None:
+                self._leave(timeline, request.choice, now, "")
+
+    @_harmless
+    def on_ended(self, answer: Answer, now: float) -> None:
+        """Nothing of a request comes any more."""
+        timeline = self._live.pop(answer.request.request_id, None)
+        if timeline is None:
+            return
+        if self._keeps_content:
+            timeline.texts = content_of(answer)
+        timeline.end(now)
+        self._ended.append(timeline)
+        summary = timeline.summarize()
+        if timeline.is_restored:
+            self.meter.note_outcome(summary.outcome)  # its times were not all in this life
+        else:
+            self._note_end(timeline, summary, now)
+        if summary.outcome in _BROKEN:
+            log.warning("request failed", **log_ids(answer.request), outcome=summary.outcome, reason=summary.error)
+        if self.tracing.is_recorded(timeline.trace, failed=summary.outcome in _FAILED):
+            self.tracing.send(self._spans.of(timeline, now))
+
+    def _note_end(self, timeline: Timeline, summary: Summary, now: float) -> None:
+        first_token_at = summary.first_token_at
+        if not timeline.attempts:  # it waited in vain: times in the queue are not only those of survivors
+            self.meter.queue.note(now, now - timeline.accepted_at, self._exemplar(timeline))
+        self.meter.note_ended(
+            now,
+            prompt_count=summary.prompt_count,
+            output_counts=summary.output_counts,
+            reused_count=summary.reused_count,
+            decoding_s=now - first_token_at if first_token_at is not None else 0.0,
+            total_s=now - timeline.accepted_at,
+            outcome=summary.outcome,
+            trace_id=self._exemplar(timeline),
+        )
+
+    def _exemplar(self, timeline: Timeline) -> str:
+        """The trace that stands for a measured time; "" where it is not recorded."""
+        is_recorded = self.tracing.is_on and timeline.trace.flags & SAMPLED
+        return timeline.trace.trace_id.hex() if is_recorded else ""
+
+    @_harmless
+    def on_released(self, now: float, gaps: dict[float, int]) -> None:
+        """Tokens went out: how many of them came after one that went out at which time."""
+        for previous_at, count in gaps.items():
+            self.meter.between_tokens.note(now, now - previous_at, count=count)
+
+    # --- places -------------------------------------------------------------------------------------------------
+
+    @_harmless
+    def on_attached(self, executor: Executor, steps: StepMeter, now: float) -> None:
+        """An executor is there; who runs on it already goes on."""
+        name = executor.executor_id
+        self._steps[name] = steps
+        self._flights.pop(name, None)
+        for request in executor.running:
+            timeline = self._live.get(request.request_id)
+            if timeline is None or request.choice >= MOST_CHOICES:
+                continue
+            attempt = Attempt(request.choice, request.attempt, name, now)
+            timeline.add(attempt)
+            timeline.note(now, "resumed where it was", **{"paceline.executor.id": name})
+            if executor.slots.decoding[request.slot]:
+                self._begin_decoding(attempt, now)
+        if executor.running:
+            self.meter.recovery_counts["resumed"] += 1
+
+    @_harmless
+    def on_preempted(self, requests: Iterable[Request], now: float, cause: str) -> None:
+        """These gave their place on an executor to others, or had to leave it."""
+        for request in requests:
+            if cause == "preempted":
+                self.meter.preemption_count += 1
+            else:
+                self.meter.move_counts[cause] += 1
+            if (timeline := self._live.get(request.request_id)) is not None:
+                self._note_computed(timeline, request)
+                self._leave(timeline, request.choice, now, cause)
+                timeline.note(now, cause)
+
+    @_harmless
+    def on_lost(self, requests: Sequence[Request], executor_id: str, now: float, *, may_return: bool) -> None:
+        """An executor is gone, and these were on it."""
+        self._flights.pop(executor_id, None)
+        event = "executor cut off" if may_return else "executor lost"
+        for request in requests:
+            if (timeline := self._live.get(request.request_id)) is not None:
+                self._note_computed(timeline, request)
+                self._leave(timeline, request.choice, now, "lost")
+                timeline.note(now, event, **{"paceline.executor.id": executor_id})
+            if not may_return:
+                self.meter.move_counts["lost"] += 1
+        if requests and not may_return:
+            self.meter.recovery_counts["replanned"] += 1
+
+    @_harmless
+    def on_gone(self, executor_id: str) -> None:
+        """An executor is given up, and will not be heard of again under its counters."""
+        self._steps.pop(executor_id, None)
+        self._flights.pop(executor_id, None)
+
+    def _note_computed(self, timeline: Timeline, request: Request) -> None:
+        """Keep how many tokens were computed that have to be computed again."""
+        attempt = timeline.attempt_of(request.choice)
+        if attempt is not None:
+            done = max((run.start + run.token_count for run in attempt.runs if run.ended_at is not None), default=0)
+            computed = done if attempt.decoding_at is None else len(request.token_ids)
+            self._computed[request] = max(computed, self._computed.get(request, 0))
+
+    def _leave(self, timeline: Timeline, choice: int, now: float, ending: str) -> None:
+        attempt = timeline.attempt_of(choice)
+        if attempt is None:
+            return
+        steps = self._steps.get(attempt.executor_id)
+        if attempt.decoding_at is not None and steps is not None:
+            attempt.decode_phases = steps.total.since(attempt.begun_phases)
+            attempt.decode_step_count = steps.step_count - attempt.begun_step_count
+        attempt.end(now, ending)
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    @_harmless
+    def on_planned(self, executor_id: str, plan: Plan, now: float) -> None:
+        """A plan goes out. Where it only goes on with those that decode, and nothing is traced, there is no cost."""
+        is_on = self.tracing.is_on
+        if not (is_on or plan.chunks or plan.new_requests):
+            return
+        for new in plan.new_requests:
+            self._begin(new, executor_id, now)
+        flight = _Flight(plan, now, self.tracing.step() if is_on else None)
+        for chunk in plan.chunks:
+            self._run(chunk, plan.step, now, flight)
+        self._flights.setdefault(executor_id, {})[plan.step] = flight
+
+    def _begin(self, new: NewRequest, executor_id: str, now: float) -> None:
+        timeline = self._live.get(new.request_id)
+        if timeline is None or new.choice >= MOST_CHOICES:
+            return
+        if not timeline.attempts and not timeline.is_restored:
+            self.meter.queue.note(now, now - timeline.accepted_at, self._exemplar(timeline))
+        elif new.placement_count > 1:
+            timeline.note(now, "placed again", **{"paceline.executor.id": executor_id})
+        timeline.add(Attempt(new.choice, new.attempt, executor_id, now))
+
+    def _run(self, chunk: Chunk, step: int, now: float, flight: _Flight) -> None:
+        request = chunk.request
+        if request in self._computed:
+            again = min(self._computed[request], chunk.start + chunk.count) - chunk.start
+            self.meter.recomputed_token_count += max(0, again)
+        timeline = self._live.get(request.request_id)
+        attempt = timeline.attempt_of(request.choice) if timeline is not None else None
+        if attempt is None:
+            return
+        if len(attempt.runs) < MOST_RUNS:
+            run = Run(step, chunk.start, chunk.count, now)
+            attempt.runs.append(run)
+        else:
+            run = attempt.runs[-1]
+            run.token_count += chunk.count
+            run.chunk_count += 1
+            run.ended_at = None
+        flight.runs.append((attempt, run, chunk.samples))
+
+    @_harmless
+    def on_answered(self, executor_id: str, step: int, now: float) -> None:
+        """A result is in."""
+        flights = self._flights.get(executor_id)
+        flight = flights.pop(step, None) if flights else None
+        if flight is None:
+            return
+        steps = self._steps.get(executor_id)
+        if steps is None:
+            return
+        for attempt, run, samples in flight.runs:
+            run.ended_at, run.phases = now, steps.last
+            if samples and attempt.ended_at is None:
+                self.meter.prefill.note(now, now - attempt.began_at)
+                self._begin_decoding(attempt, now)
+        if self.tracing.is_on:
+            trace = flight.trace
+            if trace is None and self._is_slow(steps):
+                trace = self.tracing.slow_step()
+            if trace is not None:
+                self._record(executor_id, flight, trace, steps, now)
+
+    def _begin_decoding(self, attempt: Attempt, now: float) -> None:
+        steps = self._steps.get(attempt.executor_id) or StepMeter()
+        attempt.decoding_at = now
+        attempt.begun_phases, attempt.begun_step_count = steps.total, steps.step_count
+
+    @staticmethod
+    def _is_slow(steps: StepMeter) -> bool:
+        busy_s = steps.last.busy
+        return busy_s >= _SLOW_S and busy_s * steps.step_count > _SLOW_FACTOR * steps.total.busy
+
+    def _record(self, executor_id: str, flight: _Flight, trace: TraceContext, steps: StepMeter, now: float) -> None:
+        """Record a step, linked to the requests in it that are recorded, and these to it."""
+        plan, wall_ns = flight.plan, self._wall_ns
+        links = []
+        for request in [*plan.rows, *(chunk.request for chunk in plan.chunks if not chunk.samples)]:
+            if request.trace is None or not request.trace.flags & SAMPLED:
+                continue
+            links.append(SpanLink(request.trace.trace_id, request.trace.span_id))
+            timeline = self._live.get(request.request_id)
+            attempt = timeline.attempt_of(request.choice) if timeline is not None else None
+            if attempt is not None and len(attempt.step_links) < _MOST_STEP_LINKS:
+                attempt.step_links.append((trace.trace_id, trace.span_id))
+            if len(links) == _MOST_LINKS:
+                break
+        step = Span(
+            name="step",
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
+            parent_id=b"",
+            origin=self._origin,
+            begin_ns=round(flight.began_at * 1e9) + wall_ns,
+            end_ns=round(now * 1e9) + wall_ns,
+            attributes={
+                "paceline.executor.id": executor_id,
+                "paceline.step": plan.step,
+                "paceline.step.requests": plan.request_count,
+                "paceline.step.tokens": plan.token_count,
+                "paceline.step.prefill_tokens": sum(chunk.count for chunk in plan.chunks),
+                "paceline.step.is_slow": flight.trace is None,
+                "paceline.step.idle_s": steps.last.idle,
+            },
+            links=tuple(links),
+        )
+        self.tracing.send([step, *phase_spans(step, executor_id, steps.last)])
+
+
+def log_ids(request: Request) -> dict[str, str]:
+    """What a line of the log about a request has, so that it is found from a trace and the other way round."""
+    trace = request.trace
+    return {"request_id": request.request_id, "trace_id": trace.trace_id.hex() if trace is not None else ""}

@@ -1,0 +1,216 @@
+"""From a timeline to the spans of its trace.
+
+```
+chat MODEL                SERVER, the scheduler: from acceptance to the end; preemption, loss and moves are its events
+  queue                   no executor computes the request
+  prefill                 one for each chunk of known tokens, from its plan to its result
+    wait, prepare, ...    what the executor did in that step, by its own measure
+  decode                  a token in every step; sums of the executor's phases are its attributes
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from common.spans import Attributes, Origin, Span, SpanEvent, SpanKind, SpanLink, Value, child_id
+from scheduler_svc.observation.step_meter import Phases
+from scheduler_svc.observation.timeline import Attempt, Run, Summary, Timeline
+
+EXECUTOR_SERVICE = "paceline-executor"
+SCHEDULER_SERVICE = "paceline-scheduler"
+_PHASES = ("wait", "prepare", "forward", "sample")
+
+# Outcomes that are errors of the server's, with the gRPC status that users get (as in the conventions for RPC: what
+# a caller brought about, a cancellation say, is no error of the server's).
+_STATUSES = {
+    "stop": "OK",
+    "length": "OK",
+    "cancelled": "CANCELLED",
+    "deadline": "DEADLINE_EXCEEDED",
+    "error": "INTERNAL",
+    "cut off": "UNAVAILABLE",
+}
+_ERRORS = ("deadline", "error", "cut off")
+
+
+class RequestSpans:
+    """Makes spans of timelines, the same ones each time."""
+
+    def __init__(self, scheduler: Origin) -> None:
+        """Spans of a scheduler and the executors that it talks to."""
+        self._scheduler = scheduler
+
+    def of(self, timeline: Timeline, now: float) -> list[Span]:
+        """The spans of a request; one that has not ended is shown as it is `now`."""
+        root_id = timeline.trace.span_id
+        spans = [self._root(timeline, now)]
+        for choice in sorted({attempt.choice for attempt in timeline.attempts} | {0}):
+            spans += self._of_choice(timeline, choice, root_id, now)
+        return spans
+
+    def _root(self, timeline: Timeline, now: float) -> Span:
+        summary, trace = timeline.summarize(), timeline.trace
+        outcome = summary.outcome
+        operation, model = timeline.facts["gen_ai.operation.name"], timeline.facts["gen_ai.request.model"]
+        return Span(
+            name=f"{operation} {model}",
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
+            parent_id=trace.parent_id,
+            origin=self._scheduler,
+            begin_ns=timeline.ns(timeline.accepted_at),
+            end_ns=timeline.ns(timeline.ended_at or now),
+            kind=SpanKind.SERVER,
+            attributes={**timeline.facts, **_result(timeline, summary), **_content(timeline)},
+            events=tuple(
+                SpanEvent(timeline.ns(moment.at), moment.name, dict(moment.facts)) for moment in timeline.moments
+            ),
+            error=(summary.error or outcome) if outcome in _ERRORS else None,
+        )
+
+    def _of_choice(self, timeline: Timeline, choice: int, root_id: bytes, now: float) -> Iterator[Span]:
+        # Since when nobody computes it: the other choices begin when the first has read the prompt.
+        free_at = timeline.accepted_at if not choice else timeline.first_decoding_at
+        for number, attempt in enumerate(timeline.attempts):  # a number of the core's may come again after a cut
+            if attempt.choice != choice:
+                continue
+            if free_at is not None and attempt.began_at > free_at:
+                yield self._child(timeline, root_id, "queue", (choice, number), free_at, attempt.began_at)
+            yield from self._of_attempt(timeline, attempt, number, root_id, now)
+            free_at = attempt.ended_at if attempt.ending else None
+        if free_at is not None and timeline.ended_at is None:
+            yield self._child(timeline, root_id, "queue", (choice, -1), free_at, now)
+
+    def _of_attempt(
+        self, timeline: Timeline, attempt: Attempt, number: int, root_id: bytes, now: float
+    ) -> Iterator[Span]:
+        ended_at = attempt.ended_at or now
+        place: dict[str, Value] = {
+            "paceline.executor.id": attempt.executor_id,
+            "paceline.attempt": attempt.number,
+            **({"paceline.choice": attempt.choice} if timeline.choice_count > 1 else {}),
+        }
+        for run in attempt.runs:
+            prefill = self._child(
+                timeline,
+                root_id,
+                "prefill",
+                (attempt.choice, number, run.step),
+                run.began_at,
+                run.ended_at or ended_at,
+                {**place, **_of_run(run)},
+            )
+            yield prefill
+            if run.phases is not None and run.ended_at is not None and run.chunk_count == 1:
+                yield from phase_spans(prefill, attempt.executor_id, run.phases)
+        if attempt.decoding_at is not None and ended_at > attempt.decoding_at:
+            keys = (attempt.choice, number)
+            attributes = {**place, **_of_decode(attempt)}
+            links = tuple(SpanLink(*link) for link in attempt.step_links)
+            yield self._child(timeline, root_id, "decode", keys, attempt.decoding_at, ended_at, attributes, links)
+
+    def _child(
+        self,
+        timeline: Timeline,
+        root_id: bytes,
+        name: str,
+        keys: tuple[int, ...],
+        begin: float,
+        end: float,
+        attributes: Attributes | None = None,
+        links: tuple[SpanLink, ...] = (),
+    ) -> Span:
+        return Span(
+            name=name,
+            trace_id=timeline.trace.trace_id,
+            span_id=child_id(root_id, name, *keys),
+            parent_id=root_id,
+            origin=self._scheduler,
+            begin_ns=timeline.ns(begin),
+            end_ns=timeline.ns(max(begin, end)),
+            attributes=attributes or {},
+            links=links,
+        )
+
+
+def phase_spans(step: Span, executor_id: str, phases: Phases) -> Iterator[Span]:
+    """What the executor did between a plan and its result, as children of the span of that time.
+
+    The two clocks are not compared: what the executor did not account for is taken to be the way there and back, half
+    of it each.
+    """
+    lengths_ns = [round(1e9 * seconds) for seconds in (phases.wait, phases.prepare, phases.forward, phases.sample)]
+    on_the_way_ns = max(0, step.end_ns - step.begin_ns - sum(lengths_ns))
+    begin_ns = step.begin_ns + on_the_way_ns // 2
+    for name, length_ns in zip(_PHASES, lengths_ns, strict=True):
+        if length_ns:
+            yield Span(
+                name=name,
+                trace_id=step.trace_id,
+                span_id=child_id(step.span_id, name),
+                parent_id=step.span_id,
+                origin=Origin(EXECUTOR_SERVICE, executor_id),
+                begin_ns=begin_ns,
+                end_ns=begin_ns + length_ns,
+            )
+        begin_ns += length_ns
+
+
+def _result(timeline: Timeline, summary: Summary) -> Attributes:
+    """What came of the request."""
+    attributes: dict[str, Value] = {
+        "gen_ai.response.id": timeline.request_id,
+        "gen_ai.usage.input_tokens": summary.prompt_count,
+        "gen_ai.usage.output_tokens": summary.output_count,
+        "gen_ai.usage.cache_read.input_tokens": summary.reused_count,
+        "paceline.recomputations": summary.recomputation_count,
+    }
+    if summary.outcome:
+        attributes["gen_ai.response.finish_reasons"] = summary.outcomes
+        attributes["rpc.response.status_code"] = _STATUSES[summary.outcome]
+        if summary.outcome in _ERRORS:
+            attributes["error.type"] = _STATUSES[summary.outcome]
+    if summary.first_token_at is not None:
+        first_token_s = summary.first_token_at - timeline.accepted_at
+        attributes["gen_ai.response.time_to_first_chunk"] = first_token_s
+        attributes["gen_ai.latency.time_to_first_token"] = first_token_s  # as vLLM calls it
+    if timeline.attempts:
+        attributes["gen_ai.latency.time_in_queue"] = timeline.attempts[0].began_at - timeline.accepted_at
+    if timeline.ended_at is not None:
+        attributes["gen_ai.latency.e2e"] = timeline.ended_at - timeline.accepted_at
+    return attributes
+
+
+def _content(timeline: Timeline) -> Attributes:
+    """Prompt and outputs, where the operator has asked for them."""
+    if not timeline.texts:
+        return {}
+    prompt, *outputs = timeline.texts
+    return {
+        "gen_ai.input.messages": prompt,
+        "gen_ai.output.messages": json.dumps(
+            [{"role": "assistant", "parts": [{"type": "text", "content": text}]} for text in outputs]
+        ),
+    }
+
+
+def _of_run(run: Run) -> Attributes:
+    attributes: dict[str, Value] = {
+        "paceline.step": run.step,
+        "paceline.tokens.from": run.start,
+        "paceline.tokens": run.token_count,
+    }
+    if run.chunk_count > 1:
+        attributes["paceline.chunks"] = run.chunk_count
+    return attributes
+
+
+def _of_decode(attempt: Attempt) -> Attributes:
+    if attempt.decode_phases is None:
+        return {}
+    attributes: dict[str, Value] = {"paceline.steps": attempt.decode_step_count}
+    for name in ("idle", "prepare", "forward", "sample"):  # while a plan waits, the step before it runs: counted there
+        attributes[f"paceline.steps.{name}_s"] = round(getattr(attempt.decode_phases, name), 6)
+    return attributes

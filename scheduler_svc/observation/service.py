@@ -1,0 +1,52 @@
+"""`ObservationService`: what `paceline top` and `paceline trace` ask."""
+
+from __future__ import annotations
+
+import grpc
+
+from common.errors import RefusedError, abort, invalid, shown
+from common.otlp_json import to_otlp_json
+from paceline.v1 import observation_pb2, observation_pb2_grpc
+from scheduler_svc.observation.observer import Observer
+from scheduler_svc.observation.overview import MOST_REQUESTS, Overview
+
+_REQUEST_LIMIT = 50
+
+
+class ObservationService(observation_pb2_grpc.ObservationServiceServicer):
+    """Shows people what is going on."""
+
+    def __init__(self, overview: Overview, observer: Observer) -> None:
+        """Show what these know."""
+        self._overview = overview
+        self._observer = observer
+
+    async def GetOverview(
+        self, request: observation_pb2.GetOverviewRequest, context: grpc.aio.ServicerContext
+    ) -> observation_pb2.GetOverviewResponse:
+        """Show everything at a glance."""
+        if request.request_limit > MOST_REQUESTS:
+            await abort(context, invalid(f"request_limit is {request.request_limit}, must be at most {MOST_REQUESTS}"))
+        return self._overview.make(request.request_limit or _REQUEST_LIMIT)
+
+    async def GetTrace(
+        self, request: observation_pb2.GetTraceRequest, context: grpc.aio.ServicerContext
+    ) -> observation_pb2.GetTraceResponse:
+        """Tell where the time of a request went."""
+        try:
+            otlp_json = trace_json(self._observer, request.request_id)
+        except RefusedError as error:
+            await abort(context, error)
+        return observation_pb2.GetTraceResponse(otlp_json=otlp_json)
+
+
+def trace_json(observer: Observer, request_id: str) -> str:
+    """The spans of a request as OTLP/JSON. Raises `RefusedError` where it is not remembered."""
+    timeline = observer.find(request_id)
+    if timeline is None:
+        raise RefusedError(
+            grpc.StatusCode.NOT_FOUND,
+            f"request '{shown(request_id)}' does not run, and is not among the last that ended: their number is "
+            f"--keep-timelines of the scheduler, and it forgets them when it restarts",
+        )
+    return to_otlp_json(observer.spans(timeline))

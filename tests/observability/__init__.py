@@ -1,0 +1,1 @@
+"""Traces, metrics and pages, read by what others would read them with."""
