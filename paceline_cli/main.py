@@ -21,6 +21,8 @@ from paceline_cli.replay import replay
 from paceline_cli.serve import serve
 from paceline_cli.services import executor, prepare, scheduler
 from paceline_cli.terminal import print_error
+from paceline_cli.top import top
+from paceline_cli.trace import trace
 
 _EPILOG = (
     "Exit codes: 0 done · 1 the server or the model failed · 2 wrong usage · 3 no server answers · "
@@ -38,6 +40,8 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the reader of our output has left, which is no error
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
                 raise  # its own way to print usage errors and to leave
@@ -89,6 +93,8 @@ app.command(rich_help_panel="Parts")(scheduler)
 app.command(rich_help_panel="Parts")(executor)
 app.add_typer(autoscaler, name="autoscaler", rich_help_panel="Parts")
 app.add_typer(fleet, name="fleet", rich_help_panel="Operate")
+app.command(rich_help_panel="Operate")(top)
+app.command(rich_help_panel="Operate")(trace)
 app.command(rich_help_panel="Operate")(health)
 app.command(rich_help_panel="Operate")(replay)
 

@@ -1,0 +1,360 @@
+"""`paceline trace`: the waterfall of built traces, and of requests of a real system."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline_cli.errors import ExitCode
+from paceline_cli.main import app
+from paceline_cli.sight.account import account_of, outcome_of
+from paceline_cli.sight.spans import folded, tree_of
+from paceline_cli.sight.trace_view import listing, waterfall
+from paceline_cli.trace import _means
+from tests.browser.sample import sample_overview
+from tests.system import FAST, System, request, started, until
+
+SLOW = replace(FAST, fake_step_us=10_000)
+EVIL = "[red]x[/]\x1b[2J\x07\u202e"
+SECOND = 1_000_000_000
+START = 1_790_000_000 * SECOND
+
+
+def span(name: str, number: int, begin_s: float, end_s: float, parent: int = 1, **more: Any) -> dict[str, Any]:
+    """A span as a scheduler writes it; attributes are given by their names with `_` for `.`."""
+    facts = more.pop("facts", {})
+    return {
+        "spanId": f"{number:016x}",
+        "parentSpanId": f"{parent:016x}" if parent else "",
+        "name": name,
+        "startTimeUnixNano": str(START + round(begin_s * SECOND)),
+        "endTimeUnixNano": str(START + round(end_s * SECOND)),
+        "attributes": [{"key": key, "value": value(one)} for key, one in facts.items()],
+        **more,
+    }
+
+
+def value(one: Any) -> dict[str, Any]:
+    if isinstance(one, tuple):
+        return {"arrayValue": {"values": [value(part) for part in one]}}
+    kinds = {int: "intValue", float: "doubleValue", str: "stringValue"}
+    return {kinds[type(one)]: str(one) if isinstance(one, int) else one}
+
+
+def event(name: str, at_s: float, **facts: Any) -> dict[str, Any]:
+    attributes = [{"key": key, "value": value(one)} for key, one in facts.items()]
+    return {"name": name, "timeUnixNano": str(START + round(at_s * SECOND)), "attributes": attributes}
+
+
+def otlp(*spans: dict[str, Any]) -> str:
+    resource = {"attributes": [{"key": "service.name", "value": {"stringValue": "paceline-scheduler"}}]}
+    return json.dumps({"resourceSpans": [{"resource": resource, "scopeSpans": [{"spans": list(spans)}]}]})
+
+
+def chunk(number: int, begin_s: float, end_s: float, executor: str = "e0", attempt: int = 1) -> dict[str, Any]:
+    facts = {"paceline.executor.id": executor, "paceline.attempt": attempt, "paceline.tokens": 100}
+    return span("prefill", number, begin_s, end_s, facts=facts)
+
+
+def decode(number: int, begin_s: float, end_s: float, executor: str = "e0", attempt: int = 1) -> dict[str, Any]:
+    facts = {
+        "paceline.executor.id": executor,
+        "paceline.attempt": attempt,
+        "paceline.steps": 57,
+        "paceline.steps.forward_s": 0.8 * (end_s - begin_s),
+        "paceline.steps.prepare_s": 0.1 * (end_s - begin_s),
+        "paceline.steps.wait_s": 0.9 * (end_s - begin_s),
+    }
+    return span("decode", number, begin_s, end_s, facts=facts)
+
+
+ROOT_FACTS = {
+    "gen_ai.usage.input_tokens": 200,
+    "gen_ai.usage.cache_read.input_tokens": 16,
+    "gen_ai.usage.output_tokens": 58,
+    "gen_ai.response.finish_reasons": ("length",),
+    "gen_ai.response.time_to_first_chunk": 1.6,
+}
+
+
+def simple(**root: Any) -> str:
+    """Queue 1.2 s, prefill 0.4 s, decode 1.8 s."""
+    root = {"facts": ROOT_FACTS} | root
+    return otlp(
+        decode(5, 1.6, 3.4),
+        span("chat fake", 1, 0, 3.4, parent=0, events=[event("first token", 1.6)], **root),
+        chunk(4, 1.4, 1.6),
+        chunk(3, 1.2, 1.4),
+        span("queue", 2, 0, 1.2),
+    )
+
+
+def drawn(otlp_json: str, width: int = 120) -> list[str]:
+    return [line.plain.rstrip() for line in waterfall("mine", tree_of(otlp_json), width)]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_spans_become_a_tree_in_the_order_of_time():
+    """The file has them by process, and in no order that anybody promises."""
+    (root,) = tree_of(simple())
+
+    assert [child.name for child in root.children] == ["queue", "prefill", "prefill", "decode"]
+    assert root.facts["gen_ai.response.finish_reasons"] == ("length",)
+
+
+def test_a_parent_that_is_elsewhere_makes_a_root():
+    """A caller with tracing of its own is the parent of the request, and its spans are not here."""
+    (root,) = tree_of(otlp(span("chat fake", 1, 0, 1, parent=77), span("queue", 2, 0, 1)))
+
+    assert root.name == "chat fake"
+    assert tree_of("{}") == []
+
+
+def test_many_chunks_are_folded_and_few_are_not():
+    """Thirty lines of the same would push everything else off the screen."""
+    chunks = [chunk(10 + number, number, number + 1) for number in range(30)]
+    waits = [span("wait", 100 + number, number, number + 0.5, parent=10 + number) for number in range(30)]
+    (root,) = tree_of(otlp(span("chat fake", 1, 0, 30, parent=0), *chunks, *waits))
+    (prefill,) = folded(root).children
+
+    assert (prefill.count, prefill.facts["paceline.tokens"]) == (30, 3000)
+    assert [(one.name, one.count, one.busy_ns) for one in prefill.children] == [("wait", 30, 15 * SECOND)]
+    assert len(root.children) == 30
+    text = "\n".join(drawn(otlp(span("chat fake", 1, 0, 30, parent=0), *chunks)))
+    assert "prefill ×30 3,000 tokens" in text
+    (root,) = tree_of(simple())
+    assert len(folded(root).children) == 4
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_bars_stand_on_one_axis(width):
+    """What is to the right of something happened after it: that is all a waterfall says."""
+    lines = drawn(simple(), width)
+    bars = [line.partition("│")[2].partition("│")[0] for line in lines if line.count("│") == 2][1:]
+    begins = [len(bar) - len(bar.lstrip()) for bar in bars[:5]]
+    cells = len(bars[0])
+
+    assert max(map(len, lines)) <= width
+    assert begins[0] == begins[1] == 0
+    assert begins == sorted(begins)
+    assert begins[4] == int(1.6 / 3.4 * cells)
+    assert bars[5].index("◆") == int(1.6 / 3.4 * cells)
+
+
+def test_the_account_says_where_the_time_went():
+    """The answer to "why was this slow?" in a sentence; waiting behind a step is in that step's time already."""
+    (root,) = tree_of(simple())
+
+    assert account_of(root) == [
+        "queue 1.20 s (35 %); prefill 400 ms (12 %), 200 tokens in 2 chunks on e0; "
+        "decode 1.80 s (53 %), 57 steps on e0 (forward 1.44 s, prepare 180 ms)"
+    ]
+    assert (
+        outcome_of(root)
+        == "ended with length after 3.40 s · 200 tokens of prompt (16 reused) → 58 · first after 1.60 s"
+    )
+
+
+def test_time_that_nothing_accounts_for_is_said():
+    """A sum that does not add up would be a lie about the rest."""
+    (root,) = tree_of(otlp(span("chat fake", 1, 0, 10, parent=0), chunk(2, 1, 2), decode(3, 2, 6)))
+
+    assert account_of(root)[0].startswith("begun after 1.00 s (10 %); prefill")
+    assert account_of(root)[0].endswith("otherwise 4.00 s (40 %)")
+
+
+def test_a_request_that_was_moved_shows_both_places_and_why():
+    """Two attempts, and what was between them."""
+    events = [
+        event("placed again", 2.5, **{"paceline.executor.id": "e1"}),
+        event("executor lost", 2, **{"paceline.executor.id": "e0"}),
+    ]
+    facts = {**ROOT_FACTS, "paceline.recomputations": 1}
+    text = otlp(
+        span("chat fake", 1, 0, 4, parent=0, events=events, facts=facts),
+        span("queue", 2, 0, 0.5), chunk(3, 0.5, 1), decode(4, 1, 2),
+        span("queue", 5, 2, 2.5), chunk(6, 2.5, 3, "e1", 2), decode(7, 3, 4, "e1", 2),
+    )  # fmt: skip
+    lines = drawn(text)
+    marks = [line for line in lines if "◆" in line]
+
+    assert ["executor lost" in marks[0], "placed again" in marks[1]] == [True, True]
+    assert "computed again once" in "\n".join(lines)
+    assert "queue 1.00 s (25 %), 2 times" in "\n".join(lines)
+    assert "on e0 and e1" in "\n".join(lines)
+
+
+def test_what_went_wrong_is_red():
+    """It is what one is looking for."""
+    text = simple(status={"code": 2, "message": "its executor was lost twice"})
+    lines = waterfall("mine", tree_of(text), 100)
+    (error,) = (line for line in lines if "its executor was lost twice" in line.plain)
+
+    assert str(error.style) == "red" or any(one.style == "red" for one in error.spans)
+
+
+def test_a_request_that_goes_on_says_so():
+    """It may be the one that hangs."""
+    (root,) = tree_of(otlp(span("chat fake", 1, 0, 4, parent=0), span("queue", 2, 0, 4)))
+
+    assert outcome_of(root) == "goes on after 4.00 s · no token yet"
+    assert account_of(root) == ["queue 4.00 s (100 %)"]
+
+
+def test_a_trace_without_length_is_drawn():
+    """A request that was refused at once: nothing divides by zero."""
+    assert drawn(otlp(span("chat fake", 1, 0, 0, parent=0)))
+    assert drawn("{}") == ["the trace is empty"]
+
+
+def test_names_from_outside_cannot_reach_the_terminal():
+    """Tenants, errors and ids are the text of users."""
+    text = otlp(
+        span(EVIL, 1, 0, 1, parent=0, facts={"paceline.tenant": EVIL}, events=[event(EVIL, 0.5)],
+             status={"code": 2, "message": EVIL}),
+        span("decode", 2, 0, 1, facts={"paceline.executor.id": EVIL, "paceline.steps": 3}),
+    )  # fmt: skip
+    lines = waterfall(EVIL, tree_of(text), 100)
+
+    assert all(line.plain.isprintable() for line in lines)
+    overview = sample_overview()
+    overview.requests[0].request_id = overview.requests[0].error = EVIL
+    assert all(line.plain.isprintable() for line in listing(overview.requests, 100))
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", ["req-12", "req-1…cd", "req-...abcd", "…d", "req-1234abcd…"])
+def test_a_request_is_found_by_what_top_shows_of_it(wanted):
+    """A shortened id is all that fits on the screen it is copied from."""
+    assert _means(wanted, "req-1234abcd")
+
+
+@pytest.mark.parametrize("wanted", ["1234", "req-1…ce", "req-1234ab…abcd"])
+def test_another_request_is_not(wanted):
+    """A trace of the wrong request would be believed."""
+    assert not _means(wanted, "req-1234abcd")
+
+
+# --- as a command ---------------------------------------------------------------------------------------------------
+
+
+async def trace(system: System, *words: str) -> Any:
+    """Run the command beside the servers of this event loop."""
+    words = ("trace", *words, "--server", system.address)
+    return await asyncio.to_thread(CliRunner().invoke, app, list(words), prog_name="paceline")
+
+
+async def read(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_a_request_is_explained_as_text():
+    """Where its time went, in a picture and in words; in a pipe without control codes."""
+    async with started(1) as system:
+        await read(system.generate(request("hello there", 8, request_id="mine-1")))
+        await read(system.generate(request("hello there", 8, request_id="other")))
+        result = await trace(system, "mine")
+
+    assert result.exit_code == ExitCode.OK, result.output
+    assert "\x1b" not in result.stdout
+    for word in ("mine-1", "queue", "prefill", "forward", "decode", "◆ first token", "ended with length", "on e0"):
+        assert word in result.stdout
+
+
+async def test_a_request_whose_executor_died_shows_both_attempts():
+    """The pause that its user saw has a name and a place."""
+    async with started(2, executor=SLOW) as system:
+        reading = asyncio.create_task(read(system.generate(request("hello", 40, request_id="mine", ignore_eos=True))))
+        await until(lambda: any(one.running for one in system.scheduler.executors.values()))
+        (name,) = (one.executor_id for one in system.scheduler.executors.values() if one.running)
+        await asyncio.sleep(0.1)
+        next(task for task in system.tasks if task.get_name() == name).cancel()
+        await reading
+        result = await trace(system, "mine")
+
+    other = {"e0": "e1", "e1": "e0"}[name]
+    assert "placed again" in result.stdout
+    assert "computed again once" in result.stdout
+    assert f"on {name} and {other}" in result.stdout
+    decodes = [line for line in result.stdout.splitlines() if line.startswith("  decode")]
+    assert [line.split("│")[0].split()[-1] for line in decodes] == [name, other]
+
+
+async def test_the_file_is_what_the_scheduler_said(tmp_path, monkeypatch):
+    """Jaeger's page reads OTLP/JSON; a copy that was written anew could differ from it."""
+    async with started(1) as system:
+        await read(system.generate(request(request_id="mine")))
+        real = (await trace(system, "mine", "--output", "-")).stdout
+        said = '{"resourceSpans": [ ], "of": "\u00fcber"}'
+        monkeypatch.setattr("scheduler_svc.observation.service.trace_json", lambda *_: said)
+        printed = await trace(system, "mine", "--output", "-")
+        result = await trace(system, "mine", "-o", str(tmp_path / "trace.json"))
+        refused = await trace(system, "mine", "-o", str(tmp_path))
+
+    assert json.loads(real)["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    assert (tmp_path / "trace.json").read_text() == said
+    assert printed.stdout == said + "\n"
+    assert result.stdout == ""
+    assert "Jaeger's page opens it" in result.stderr
+    assert refused.exit_code == ExitCode.USAGE
+    assert "cannot write" in refused.stderr
+
+
+async def test_without_an_id_the_slowest_are_listed():
+    """Who asks why "a" request was slow has no id yet; the columns say which part it was."""
+    async with started(1) as system:
+        empty = await trace(system)
+        for number, length in enumerate((2, 40, 8)):
+            await read(system.generate(request(f"{number}", length, request_id=f"r{number}", ignore_eos=True)))
+        await asyncio.sleep(0.25)  # looks are shared for a moment
+        result = await trace(system)
+
+    assert "no request yet" in empty.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["request", "r1", "r2", "r0"]
+    assert "the slowest 3 of 3" in result.stderr
+
+
+async def test_an_unknown_or_ambiguous_id_is_refused_with_the_way_out():
+    """An exit code for scripts, a remedy for people."""
+    async with started(1) as system:
+        for name in ("twin-a", "twin-b"):
+            await read(system.generate(request(request_id=name)))
+        results = [await trace(system, wanted) for wanted in ("nobody", "nobody…x", "twin")]
+
+    assert [result.exit_code for result in results] == [ExitCode.REFUSED] * 3
+    assert "request 'nobody' does not run" in results[0].stderr
+    assert "without an id lists" in results[0].stderr
+    assert "2 requests are called 'twin'" in results[2].stderr
+    assert "twin-a" in results[2].stderr
+
+
+async def test_no_scheduler_is_exit_code_3(tmp_path):
+    """As everywhere."""
+    words = ["trace", "mine", "--server", f"unix:{tmp_path}/nobody.sock"]
+    result = await asyncio.to_thread(CliRunner().invoke, app, words, prog_name="paceline")
+
+    assert result.exit_code == ExitCode.UNREACHABLE, result.output
+    assert "no server answers" in result.stderr
+
+
+def test_a_file_without_an_id_is_wrong_usage():
+    """It would hold nothing."""
+    assert CliRunner().invoke(app, ["trace", "-o", "x.json"], prog_name="paceline").exit_code == ExitCode.USAGE
+
+
+def test_help_shows_examples():
+    """Help is where people learn a command."""
+    assert "$ paceline trace" in CliRunner().invoke(app, ["trace", "--help"], prog_name="paceline").output
