@@ -234,8 +234,9 @@ def test_executors_are_reached_by_their_scheduler_alone():
     policies = of_kind(manifests, "NetworkPolicy")
     scheduler = workloads(manifests)["try-paceline-scheduler"]["spec"]["selector"]
 
-    (rule,) = policies["try-paceline-executor"]["spec"]["ingress"]
+    (rule, metrics) = policies["try-paceline-executor"]["spec"]["ingress"]
     assert rule == {"from": [{"podSelector": scheduler}], "ports": [{"protocol": "TCP", "port": 50061}]}
+    assert metrics == {"from": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 9101}]}
     (_, keda) = policies["try-paceline-autoscaler"]["spec"]["ingress"]
     assert keda["ports"] == [{"protocol": "TCP", "port": 50071}]
     assert keda["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "keda"}}}]
@@ -338,7 +339,8 @@ def test_the_hook_ends_an_executor_that_runs(tmp_path):
         "0.0.0.0:50061": f"unix:{tmp_path}/executor",
         "$(POD_IP):50061": f"unix:{tmp_path}/executor",
         "/journal/journal.db": f"{tmp_path}/journal.db",
-        "9090": "0",
+        "9100": "-1",
+        "9101": "-1",
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     surroundings = {"PATH": path, "HOME": str(tmp_path), "PACELINE_EXECUTOR_ID": "pod-a"}
