@@ -36,6 +36,7 @@ from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity, Inventory, Plan
 from scheduler_svc.fleet import ModelLimits
 from scheduler_svc.main import SchedulerApp, load_model
+from scheduler_svc.observation.step_meter import StepMeter
 
 PROMPT = "Once upon a time there was a scheduler that "
 
@@ -51,6 +52,7 @@ class DirectLink:
         runner = load_runner(config, lambda _phase, _share: None)
         info = runner.info
         self._app = app
+        self.steps = StepMeter()
         self._thread = ModelThread(Executor(runner), asyncio.get_running_loop())
         self._attachment = Attachment(1, "direct", resume=False)
         self._thread.begin(self._attachment)
@@ -74,6 +76,7 @@ class DirectLink:
             outcome = await self._attachment.outcomes.get()
             if isinstance(outcome, pb.Attached):
                 continue
+            self.steps.note(wire.decode_phases(outcome.timings), goes_on=True)
             self._app.engine.answered(self, wire.decode_result(outcome))
 
 
