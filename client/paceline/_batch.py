@@ -87,6 +87,7 @@ class Batch:
 
     def add(self, message: pb.GenerateBatchResponse) -> None:
         """Take in one answer; raises its error if that is what the caller asked for."""
+        self._is_reached = True  # also where it says that it leaves: it may be back with what it had
         request = self._unanswered.get(message.index)
         if request is None:
             return

@@ -65,7 +65,7 @@ class Attempts:
         self._max_retries = max_retries
         self.patience_s = patience_s  # 0: what broke is not taken up again
         self._retry_count = 0  # since the last progress
-        self._attempt_at = 0.0  # when the last attempt began that followed a break
+        self._attempt_at = 0.0  # when the last attempt began that followed another
         self.away_s = 0.0  # without the server since the last progress: waiting, or in attempts that it did not answer
 
     @property
@@ -81,6 +81,7 @@ class Attempts:
         if not is_retryable(error) or self._retry_count >= self._max_retries or is_too_late:
             raise error
         self._retry_count += 1
+        self._attempt_at = time.monotonic() + wait
         return wait
 
     def wait_after_break_s(self, error: PacelineError, *, was_answered: bool) -> float:

@@ -18,6 +18,10 @@ from paceline import (
     TimedOut,
     Unavailable,
 )
+from paceline._batch import Batch
+from paceline._calls import Attempts
+from paceline.errors import error_of
+from paceline.v1 import inference_pb2 as pb
 from tests.client.line import Line
 from tests.client.scripted_server import BROKEN, UNAVAILABLE, Fail, ScriptedServer, answered, failed
 
@@ -342,3 +346,18 @@ async def test_a_call_that_grpc_cancels_by_itself_is_a_break(server: ScriptedSer
         broken.set()
 
         assert texts(await batch) == ["a", "b"]
+
+
+def test_waits_for_a_server_that_said_that_it_leaves_as_long_as_for_one_that_broke_off():
+    """A restart in an orchestrator takes longer than four quick retries; what the server had taken is not lost."""
+    attempts = Attempts(None, max_retries=1, patience_s=30.0)
+    batch = Batch(["a"], {}, attempts, None, "return")
+    leaving = pb.RequestError(code=14, message="the scheduler restarts; the answer goes on when it is back")
+    refused = error_of(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: refused")
+    batch.add(pb.GenerateBatchResponse(index=0, error=leaving))
+    batch.wait_s(None)
+
+    for _ in range(5):
+        batch.wait_s(refused)
+
+    assert not batch.is_done
