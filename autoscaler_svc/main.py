@@ -124,11 +124,14 @@ class AutoscalerApp:
 
     def serve_metrics(self, port: int) -> None:
         """Answer Prometheus, and have the scheduler say where. Raises `AddressError` when the port is taken."""
-        port = HttpPages([AutoscalerMetrics(self.autoscaler)]).start(port)
         try:
-            self._fleet.metrics_address = f"{own_host(self._scheduler)}:{port}"
+            host = own_host(self._scheduler)
         except OSError as error:
+            host = ""
             log.warning("the scheduler cannot tell Prometheus of this autoscaler", reason=str(error))
+        pages = HttpPages([AutoscalerMetrics(self.autoscaler)])
+        port = pages.start(port, "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0")
+        self._fleet.metrics_address = f"{host}:{port}" if host else ""
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Go round until `stopping` is set. What was launched goes on without it."""

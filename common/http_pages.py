@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -74,10 +75,9 @@ class HttpPages:
         try:
             kind = _ServerOfIpv6 if ":" in host else _Server
             server = make_server(host.strip("[]"), 0 if port == ANY_PORT else port, self._answer, kind, _QuietHandler)
-        except OSError as error:
-            raise AddressError(
-                f"cannot serve HTTP on {host}:{port}: {error.strerror or error}; choose another {flag}"
-            ) from error
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise AddressError(f"cannot serve HTTP on {host}:{port}: {reason}; choose another {flag}") from error
         self._server = server
         threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
         return int(server.server_port)
@@ -127,6 +127,12 @@ class HttpPages:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A peer that went, or never said anything, is no news."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("an HTTP connection failed", peer=str(client_address))
 
 
 class _ServerOfIpv6(_Server):

@@ -87,7 +87,10 @@ class _CountingExporter(SpanExporter):
         self.exported_count = self.failed_count = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._exporter.export(spans)
+        try:
+            result = self._exporter.export(spans)
+        except Exception:  # noqa: BLE001  counted like any other failure: nothing may wait for ever
+            result = SpanExportResult.FAILURE
         is_away = result is not SpanExportResult.SUCCESS
         if is_away:
             self.failed_count += len(spans)

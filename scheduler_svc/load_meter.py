@@ -212,8 +212,9 @@ class LoadMeter:
         self._prompt_tokens += (prompt_count - self._prompt_tokens) / self._weight
         self._output_tokens += (output_count - self._output_tokens) / self._weight
         self.decode.note(now, decoding_s)
-        if output_count > 1:
-            seconds = decoding_s / (output_count - 1)
+        longest = max(output_counts)  # choices decode beside each other
+        if longest > 1:
+            seconds = decoding_s / (longest - 1)
             self.per_token.note(now, seconds)
             for watcher in self._watchers:
                 watcher.per_token_within_count += seconds <= watcher.per_token_target_s

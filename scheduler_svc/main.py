@@ -227,9 +227,9 @@ async def _serve(
 ) -> int:
     stopping = stop_event()
     app = SchedulerApp(config, model_name, fingerprint, tokenizer, defaults)
-    addresses = await app.start()
-    pages = app.pages()
+    pages = app.pages()  # first: a port that is taken ends the process before anybody relies on it
     http_port = pages.start(config.http_port, config.http_host, "--http-port") if config.http_port else 0
+    addresses = await app.start()
     log.info("scheduler ready", addresses=addresses, model=model_name, http_port=http_port)
     await app.run(stopping)
     pages.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -249,5 +250,7 @@ def _trace_record(trace: TraceContext) -> list[str | int]:
 def _trace_of(value: Any) -> TraceContext | None:
     if not value:
         return None
-    trace_id, span_id, flags, *parent = value  # the release before knew no parent
-    return TraceContext(bytes.fromhex(trace_id), bytes.fromhex(span_id), flags, bytes.fromhex("".join(parent)))
+    trace_id, span_id, flags, *parent = value
+    if not parent:  # the release before wrote the caller's span, and made none of its own
+        return TraceContext(bytes.fromhex(trace_id), secrets.token_bytes(8), flags, bytes.fromhex(span_id))
+    return TraceContext(bytes.fromhex(trace_id), bytes.fromhex(span_id), flags, bytes.fromhex(parent[0]))

@@ -60,11 +60,12 @@ class CallSpan:
 
     def fail(self, error: BaseException) -> None:
         """The call is over with an error. One that the reader brought about itself is none."""
-        if self._span is not None and isinstance(error, PacelineError) and error.code.name != "CANCELLED":
+        span = self._span  # another thread may end it meanwhile
+        if span is not None and isinstance(error, PacelineError) and error.code.name != "CANCELLED":
             trace = sys.modules["opentelemetry.trace"]
-            self._span.set_attribute("error.type", error.code.name)
-            self._span.set_attribute("rpc.response.status_code", error.code.name)
-            self._span.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
+            span.set_attribute("error.type", error.code.name)
+            span.set_attribute("rpc.response.status_code", error.code.name)
+            span.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
         self.end()
 
 

@@ -123,6 +123,7 @@ class AsyncStream(Answer):
                 self._cancels.send_from_anywhere(self._request_id)
             with suppress(RuntimeError):  # the event loop is closed, and the call with it
                 self._call.cancel()
+            self._span.end()
 
     def _start(self) -> _Call:
         return self._generate(self._next_request(), timeout=self._attempts.remaining_s)

@@ -182,7 +182,8 @@ class Overview:
         summary, begun = timeline.summarize(), timeline.accepted_at
         phases = phases_of(timeline, now)
         has_ended = timeline.ended_at is not None
-        first_token_ms = 0.0 if summary.first_token_at is None else 1e3 * (summary.first_token_at - begun)
+        is_known = summary.first_token_at is not None and not timeline.is_restored
+        first_token_ms = 1e3 * ((summary.first_token_at or begun) - begun) if is_known else 0.0
         return observation_pb2.RequestOverview(
             request_id=timeline.request_id,
             trace_id=timeline.trace.trace_id.hex(),

@@ -80,8 +80,9 @@ class RequestSpans:
                 yield self._child(timeline, root_id, "queue", (choice, number), free_at, attempt.began_at)
             yield from self._of_attempt(timeline, attempt, number, root_id, now)
             free_at = attempt.ended_at if attempt.ending else None
-        if free_at is not None and timeline.ended_at is None:
-            yield self._child(timeline, root_id, "queue", (choice, -1), free_at, now)
+        until = timeline.ended_at or now
+        if free_at is not None and until > free_at:  # it waits, or ended while it did
+            yield self._child(timeline, root_id, "queue", (choice, -1), free_at, until)
 
     def _of_attempt(
         self, timeline: Timeline, attempt: Attempt, number: int, root_id: bytes, now: float
@@ -172,11 +173,11 @@ def _result(timeline: Timeline, summary: Summary) -> Attributes:
         attributes["rpc.response.status_code"] = _STATUSES[summary.outcome]
         if summary.outcome in _ERRORS:
             attributes["error.type"] = _STATUSES[summary.outcome]
-    if summary.first_token_at is not None:
+    if summary.first_token_at is not None and not timeline.is_restored:  # else it is not known any more
         first_token_s = summary.first_token_at - timeline.accepted_at
         attributes["gen_ai.response.time_to_first_chunk"] = first_token_s
         attributes["gen_ai.latency.time_to_first_token"] = first_token_s  # as vLLM calls it
-    if timeline.attempts:
+    if timeline.attempts and not timeline.is_restored:
         attributes["gen_ai.latency.time_in_queue"] = timeline.attempts[0].began_at - timeline.accepted_at
     if timeline.ended_at is not None:
         attributes["gen_ai.latency.e2e"] = timeline.ended_at - timeline.accepted_at
