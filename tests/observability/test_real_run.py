@@ -151,13 +151,14 @@ def test_the_page_and_what_it_reads_are_served(served, page):
         get(page, "/api/trace/unknown")
 
 
-def test_an_executor_that_was_killed_is_seen_to_be_gone_and_back(served, watched):
+def test_an_executor_that_was_killed_is_seen_to_be_gone_and_back(served, page, watched):
     """Who takes its place is watched under its name, and what happened to its requests is counted."""
-    children = psutil.Process(served.process.pid).children()
-    (pid, *_) = [child.pid for child in children if "executor" in child.cmdline()]
     with Client(served.address) as client:
-        stream = client.generate("hello", max_output_tokens=200)
+        stream = client.generate("hello", max_output_tokens=200, request_id="moves")
         next(stream)
+        (shown,) = [one for one in json.loads(get(page, "/api/overview"))["requests"] if one["requestId"] == "moves"]
+        where = shown["phases"][-1]["executorId"]
+        (pid,) = [one.pid for one in psutil.Process(served.process.pid).children() if where in one.cmdline()]
         os.kill(pid, signal.SIGKILL)
         tokens = 1 + sum(len(chunk.token_ids) for chunk in stream)
 
