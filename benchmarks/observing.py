@@ -158,10 +158,10 @@ def steps_and_requests() -> None:
     receiver.stop()
 
 
-async def whole(turns: int, request_count: int, output_count: int) -> None:
+async def whole(turns: int, request_count: int, output_count: int, step_us: float) -> None:
     """Run the whole system with traces off and on in turns and print the table."""
     receiver = Receiver()
-    executor = ExecutorConfig(model="fake", executor_id="e", fake_step_us=2000, fake_block_count=16384)
+    executor = ExecutorConfig(model="fake", executor_id="e", fake_step_us=step_us, fake_block_count=16384)
     results: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
     with tempfile.TemporaryDirectory() as name:
         for turn in range(turns):
@@ -183,7 +183,9 @@ async def whole(turns: int, request_count: int, output_count: int) -> None:
     for mode, runs in results.items():
         table.add_row(mode, *(f"{statistics.median(column):,.1f}" for column in zip(*runs, strict=True)))
     ratios = [on[1] / off[1] for off, on in zip(results["off"], results["on"], strict=True)]
-    table.add_row("on / off", "", f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    speeds = [on[0] / off[0] for off, on in zip(results["off"], results["on"], strict=True)]
+    speed = f"{statistics.median(speeds):.3f} ({min(speeds):.3f} to {max(speeds):.3f})"
+    table.add_row("on / off", speed, f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
     Console().print(table)
 
 
@@ -219,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "whole", "overview"))
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--step-us", type=float, default=2000, help="of the fake model")
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=64)
     arguments = parser.parse_args()
@@ -226,7 +229,7 @@ def main() -> None:
     if arguments.what == "step":
         steps_and_requests()
     elif arguments.what == "whole":
-        asyncio.run(whole(arguments.turns, arguments.requests, arguments.output_tokens))
+        asyncio.run(whole(arguments.turns, arguments.requests, arguments.output_tokens, arguments.step_us))
     else:
         asyncio.run(overview())
 
