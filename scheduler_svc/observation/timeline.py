@@ -48,7 +48,6 @@ class Attempt:
     begun_step_count: int = 0
     decode_phases: Phases | None = None  # what the steps took in which it decoded; None: it runs
     decode_step_count: int = 0
-    begun_output_count: int = 0
     step_links: list[tuple[bytes, bytes]] = field(default_factory=list)  # (trace id, span id) of recorded steps
 
     def end(self, now: float, ending: str) -> None:

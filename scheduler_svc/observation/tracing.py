@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from common.spans import Origin, Span
+from common.spans import Span
 from common.tracing import parse_traceparent
 from scheduler_svc.core.request import TraceContext
 
@@ -111,8 +111,3 @@ class Tracing:
         """Record these."""
         if self._sink is not None:
             self._sink.send(spans)
-
-
-def origin_of(instance_id: str) -> Origin:
-    """The scheduler as spans name it."""
-    return Origin("paceline-scheduler", instance_id)

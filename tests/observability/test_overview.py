@@ -45,9 +45,10 @@ async def test_requests_are_shown_where_they_are_running_ones_first():
     config = replace(SLOW, max_num_seqs=2)
     async with started(executor=config) as system:
         await read(system, request("done", 2, request_id="done"))
-        reading = [
-            asyncio.ensure_future(read(system, request(f"{n}", 30, request_id=f"r{n}", tenant="t"))) for n in range(3)
-        ]
+        reading = []
+        for name in ("r0", "r1", "r2"):  # one after the other: their order is what is looked at
+            reading.append(asyncio.ensure_future(read(system, request(name, 30, request_id=name, tenant="t"))))
+            await until(lambda name=name: system.app.engine.find(name, 0) is not None)
         await until(lambda: (one := system.app.engine.find("r1", 0)) is not None and one.output_count > 2)
         overview = await look(system)
         few = await look(system, 1)
