@@ -140,10 +140,9 @@ async def test_a_request_that_moves_shows_both_executors(receiver):
 
 async def test_a_request_that_fails_is_recorded_although_nobody_asked_for_it(receiver):
     """Errors are what people look for; sampling must not lose them."""
-    config = replace(FAST, fake_block_count=8)
-    async with started(executor=config, otlp_endpoint=receiver.endpoint, trace_requests=3.0, policy="fifo") as system:
+    async with started(executor=SLOW, otlp_endpoint=receiver.endpoint, trace_requests=3.0, policy="fifo") as system:
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await read(system, request("hello", 25, request_id="late"), timeout=0.002)
+            await read(system, request("hello", 200, request_id="late"), timeout=0.5)
         (root,) = await received(system, receiver, "late")
 
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

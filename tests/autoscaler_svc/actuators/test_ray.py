@@ -35,11 +35,13 @@ def cluster() -> Iterator[Any]:
     """A head that has no room for executors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         yield cluster
+        ray.shutdown()  # a test that failed may be connected still
         cluster.shutdown()
 
 
@@ -128,7 +130,8 @@ async def waits_for_a_node_and_is_given_up(actuator: RayActuator) -> None:
     began_at = time.monotonic()
     await actuator.terminate(name)
 
-    assert (fresh.executor_id, fresh.is_running, fresh.last_failure) == (name, False, "")
+    assert (fresh.executor_id, fresh.is_running) == (name, False)
+    assert bool(fresh.last_failure) == (fresh.age_s >= 1.0), "a slow machine may have waited for a second by then"
     assert "waits for a node with num_cpus 0, executor 1" in late.last_failure
     assert late.age_s >= 1.0
     assert time.monotonic() - began_at < 5.0
