@@ -11,6 +11,8 @@ HTTP_PORT ?= -1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# What is tested with tools that are no Python packages brings them into the environment itself.
+TOOLS := $(VENV)/protos/.ready $(VENV)/helm-bin/helm $(VENV)/chromium/chromium $(VENV)/prometheus/promtool
 
 .DEFAULT_GOAL := help
 .PHONY: help run test soak check format protos protos-baseline setup clean
@@ -21,8 +23,6 @@ help:  ## Show what there is
 run: $(VENV)/.ready  ## Start everything here, stream a sample answer, serve until Ctrl-C
 	@$(BIN)/paceline serve $(MODEL) --demo --http-port $(HTTP_PORT)
 
-# What is to be tested with tools that are no Python packages brings them into the environment itself.
-TOOLS := $(VENV)/protos/.ready $(VENV)/helm-bin/helm $(VENV)/chromium/chromium $(VENV)/prometheus/promtool
 # A process for each core, each with one model thread: threads that spin at barriers would starve the others.
 test: $(VENV)/.ready-dev $(TOOLS)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
