@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import grpc
 import structlog
 
-from common.errors import RefusedError, abort, invalid, shown
+from common.errors import RefusedError, invalid, shown
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet, check_name, describe
@@ -49,7 +49,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             return self._fleet.join(request)
         except RefusedError as error:
             log.warning("executor refused", executor_id=request.executor_id, reason=error.message)
-            await abort(context, error)
+            raise
 
     async def ListExecutors(
         self,
@@ -71,10 +71,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self, request: fleet_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> fleet_pb2.DrainResponse:
         """Take an executor out of service."""
-        try:
-            self._fleet.drain(request.executor_id, request.finish_within_s)
-        except RefusedError as error:
-            await abort(context, error)
+        self._fleet.drain(request.executor_id, request.finish_within_s)
         return fleet_pb2.DrainResponse()
 
     async def WatchLoad(
@@ -84,7 +81,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         interval_ms = request.interval_ms or _INTERVAL_MS
         if not _LEAST_INTERVAL_MS <= interval_ms <= _LARGEST_INTERVAL_MS:
             limits = f"{_LEAST_INTERVAL_MS} to {_LARGEST_INTERVAL_MS}"
-            await abort(context, invalid(f"interval_ms is {interval_ms}, must be {limits}"))
+            raise invalid(f"interval_ms is {interval_ms}, must be {limits}")
         watcher = LoadWatcher(request.first_token_target_ms / 1e3, request.per_token_target_us / 1e6)
         with self._engine.meter.watching(watcher):
             while not self._leaving.is_set():
@@ -109,20 +106,15 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     ) -> fleet_pb2.LeaseScalingResponse:
         """Let one autoscaler act."""
         now, holder = time.monotonic(), request.holder_id
-        try:
-            check_name("holder_id", holder)
-        except RefusedError as error:
-            await abort(context, error)
+        check_name("holder_id", holder)
         if self._engine.draining:
-            await abort(
-                context, RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; keep calling")
-            )
+            raise RefusedError(grpc.StatusCode.UNAVAILABLE, "the scheduler is shutting down; keep calling")
         if request.release:
             self._scaling.give_back(holder, now)
             return fleet_pb2.LeaseScalingResponse(lease_ms=0)
         before = self._scaling.holder(now)
         if not self._scaling.take(holder, now, request.starting_executor_count, request.next_ready_ms / 1e3):
-            await abort(context, self._not_yours(now))
+            raise self._not_yours(now)
         self._scaling.told(request.decision if request.HasField("decision") else None, request.metrics_address)
         if before != holder:
             log.info("an autoscaler follows the load", holder_id=holder)

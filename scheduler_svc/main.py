@@ -26,6 +26,7 @@ from scheduler_svc.door import Door
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.fleet_service import FleetService
+from scheduler_svc.interceptors import ReadContext, TellErrors
 from scheduler_svc.journal.journal import Durability, Journal
 from scheduler_svc.journal.restored import Restored
 from scheduler_svc.load_meter import LoadMeter
@@ -38,7 +39,6 @@ from scheduler_svc.observation.service import ObservationService
 from scheduler_svc.observation.tracing import Tracing
 from scheduler_svc.observation.vllm_metrics import VllmMetrics
 from scheduler_svc.recorder import Recorder, answer_of, owner_of
-from scheduler_svc.refuse_malformed import RefuseMalformed
 from scheduler_svc.scaling_lease import LEASE_S, ScalingLease
 from scheduler_svc.service import InferenceService
 from scheduler_svc.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ class SchedulerApp:
         self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine, self.journal)
         self._config = config
         self._tokenizer = tokenizer
-        self._server = Server(interceptors=[RefuseMalformed()])
+        self._server = Server(interceptors=[ReadContext(), TellErrors()])
         self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
         scaling = self._scaling = ScalingLease(time.monotonic() + LEASE_S if self.journal.restored.epoch else -math.inf)

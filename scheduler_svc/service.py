@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import grpc
 import structlog
 
-from common.errors import RefusedError, abort, invalid
+from common.errors import RefusedError, invalid
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import inference_pb2_grpc
 from scheduler_svc.answers import Answer, Piece, Reader, data_loss
@@ -20,8 +20,8 @@ from scheduler_svc.core.request import FinishReason
 from scheduler_svc.door import Door, content_hash, positions_of, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
+from scheduler_svc.interceptors import Malformed, traceparent
 from scheduler_svc.output_stream import OutputStream
-from scheduler_svc.refuse_malformed import Malformed
 from scheduler_svc.scaling_lease import ScalingLease
 
 log = structlog.get_logger()
@@ -55,22 +55,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._model = model
 
     async def Generate(
-        self, request: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
-        try:
-            reader = await self.accept(request, context)
-        except RefusedError as error:
-            await abort(context, error)
+        reader = await self.accept(request, context)
         accepted = reader.answer.request
         try:
             yield pb.GenerateResponse(request_id=accepted.request_id, prompt_token_count=accepted.prompt_count)
             failure = None
             while failure is None and not reader.is_over:
-                try:
-                    stream, piece = await reader.next()
-                except RefusedError as interruption:
-                    await abort(context, interruption)
+                stream, piece = await reader.next()
                 failure = _failure(stream, piece)
                 if failure is None or piece.token_ids:
                     yield _response(reader, stream, piece)
@@ -78,7 +72,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 for stream, piece in reader.rest():
                     if piece.token_ids:
                         yield _response(reader, stream, piece)
-                await abort(context, failure)
+                raise failure
         finally:
             self._engine.answers.leave(reader)
 
@@ -91,17 +85,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         batch = _Batch(self, context)
         try:
             await batch.run()
-        except RefusedError as error:
-            await abort(context, error)
         finally:
             await batch.close()
 
-    async def Cancel(
-        self, request: pb.CancelRequest | Malformed, context: grpc.aio.ServicerContext
-    ) -> pb.CancelResponse:
+    async def Cancel(self, request: pb.CancelRequest, context: grpc.aio.ServicerContext) -> pb.CancelResponse:
         """End a request by id."""
-        if isinstance(request, Malformed):
-            await abort(context, request.error)
         self._engine.cancel_id(request.request_id)
         await self._engine.durable()  # a cancelled request does not come back after a restart
         return pb.CancelResponse()
@@ -119,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return pb.GetModelResponse(model=model)
 
     async def accept(
-        self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext, *, wait: bool = False
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, *, wait: bool = False
     ) -> Reader:
         """Let a request in, or read one that is in already. Raises `RefusedError`; with `wait`, a full queue is waited
         for instead.
@@ -130,11 +118,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._engine.meter.note_refused(error.code)
             raise
 
-    async def _accept(
-        self, message: pb.GenerateRequest | Malformed, context: grpc.aio.ServicerContext, *, wait: bool
-    ) -> Reader:
-        if isinstance(message, Malformed):
-            raise message.error
+    async def _accept(self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, *, wait: bool) -> Reader:
         request_id = request_id_of(message)
         positions = positions_of(message)
         engine = self._engine
@@ -162,7 +146,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._refuse_hopeless(request_id, deadline)
             if self._fleet.limits is None:
                 await self._wait_for_first_executor(request_id)
-            trace = self._engine.observer.tracing.accept(_traceparent(context))
+            trace = self._engine.observer.tracing.accept(traceparent())
             request, texts, terms = await self._door.request(
                 message, request_id, self._fleet.limits, deadline, trace, "GenerateBatch" if wait else "Generate"
             )
@@ -340,8 +324,3 @@ def _usage(answer: Answer) -> pb.Usage:
         recomputation_count=sum(max(0, choice.placement_count - 1) for choice in request.family),
         cached_prompt_token_count=request.reused_count,
     )
-
-
-def _traceparent(context: grpc.aio.ServicerContext) -> str | None:
-    header = dict(context.invocation_metadata() or ()).get("traceparent")
-    return header if isinstance(header, str) else None

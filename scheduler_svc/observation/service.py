@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from common.errors import RefusedError, abort, invalid, shown
+from common.errors import RefusedError, invalid, shown
 from common.otlp_json import to_otlp_json
 from paceline.v1 import observation_pb2, observation_pb2_grpc
 from scheduler_svc.observation.observer import Observer
@@ -26,18 +26,14 @@ class ObservationService(observation_pb2_grpc.ObservationServiceServicer):
     ) -> observation_pb2.GetOverviewResponse:
         """Show everything at a glance."""
         if request.request_limit > MOST_REQUESTS:
-            await abort(context, invalid(f"request_limit is {request.request_limit}, must be at most {MOST_REQUESTS}"))
+            raise invalid(f"request_limit is {request.request_limit}, must be at most {MOST_REQUESTS}")
         return self._overview.make(request.request_limit or _REQUEST_LIMIT)
 
     async def GetTrace(
         self, request: observation_pb2.GetTraceRequest, context: grpc.aio.ServicerContext
     ) -> observation_pb2.GetTraceResponse:
         """Tell where the time of a request went."""
-        try:
-            otlp_json = trace_json(self._observer, request.request_id)
-        except RefusedError as error:
-            await abort(context, error)
-        return observation_pb2.GetTraceResponse(otlp_json=otlp_json)
+        return observation_pb2.GetTraceResponse(otlp_json=trace_json(self._observer, request.request_id))
 
 
 def trace_json(observer: Observer, request_id: str) -> str:
