@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TOOLS := $(VENV)/protos/.ready $(VENV)/helm-bin/helm $(VENV)/chromium/chromium $(VENV)/prometheus/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format protos protos-baseline setup clean
+.PHONY: help run test soak check format protos protos-baseline setup tools clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,9 +23,10 @@ help:  ## Show what there is
 run: $(VENV)/.ready  ## Start everything here, stream a sample answer, serve until Ctrl-C
 	@$(BIN)/paceline serve $(MODEL) --demo --http-port $(HTTP_PORT)
 
-# A process for each core, each with one model thread: threads that spin at barriers would starve the others.
+# One process more than there are cores, as many tests wait for others; each with one model thread, because threads
+# that spin at barriers would starve the rest.
 test: $(VENV)/.ready-dev $(TOOLS)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))') --dist worksteal
 
 soak: $(VENV)/.ready-dev  ## Break everything for minutes while clients read; SOAK="--requests 5000 --seed 7" says how
 	PACELINE_CHAOS_LONG=1 $(BIN)/python -m pytest tests/chaos --deselect tests/chaos/test_soak.py
@@ -53,6 +54,8 @@ protos-baseline: $(VENV)/.ready-dev  ## Hold later protos to these ones: when a 
 
 setup: $(VENV)/.ready-dev  ## Only set up the environment
 
+tools: $(TOOLS)
+
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -70,9 +73,9 @@ $(VENV)/.ready: $(VENV)/constraints.txt pyproject.toml client/pyproject.toml
 	@$(PIP) -c $(VENV)/constraints.txt -e client -e '.[all]'
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
+$(VENV)/.ready-dev: $(VENV)/constraints.txt pyproject.toml client/pyproject.toml
 	@$(PIP) -c $(VENV)/constraints.txt -e client -e '.[all,dev]'
-	@touch $@
+	@touch $(VENV)/.ready $@
 
 $(VENV)/protos/.ready: requirements-protos.txt $(VENV)/constraints.txt
 	@$(BIN)/python -m venv $(VENV)/protos

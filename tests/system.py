@@ -34,7 +34,7 @@ class System:
 
     def add_executor(self, config=FAST, runner=None, name="e"):
         """Start an executor that joins; returns the task that runs it. Cancelling the task is a kill."""
-        config = replace(config, scheduler=self.address, executor_id=name, drain_timeout_s=5)
+        config = replace(config, scheduler=self.address, executor_id=name, drain_timeout_s=1)
         task = asyncio.create_task(run_executor(config, runner or FakeRunner(config)), name=name)
         self.tasks.add(task)
         return task
@@ -85,7 +85,7 @@ async def until(condition, timeout_s=20.0):
 @asynccontextmanager
 async def started(executor_count=1, executor=FAST, model="fake", **settings):
     """A running system; `model` is `fake` or a serving folder, whose executors are added with runners."""
-    settings = {"listen": ("127.0.0.1:0",), "drain_timeout_s": 5} | settings
+    settings = {"listen": ("127.0.0.1:0",), "drain_timeout_s": 1} | settings
     config = SchedulerConfig(model=str(model), **settings)
     app = SchedulerApp(config, *load_model(config))
     (address,) = await app.start()

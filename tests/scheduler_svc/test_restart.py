@@ -127,7 +127,7 @@ async def test_a_request_of_a_batch_can_be_cancelled_while_it_waits_for_room():
         await asyncio.sleep(0.05)
         await system.inference.Cancel(inference_pb2.CancelRequest(request_id="b"))
         answer = await asyncio.wait_for(batch.read(), 5)
-        for call in calls:
+        for call in (*calls, batch):
             call.cancel()
 
     assert answer.error.code == grpc.StatusCode.CANCELLED.value[0]
