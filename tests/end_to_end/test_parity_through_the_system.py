@@ -50,11 +50,13 @@ class Gated:
 
 
 async def outputs_of(system, prompt_list, **options):
-    """Send all prompts together; their outputs in the same order."""
+    """Send all prompts, in this order, before anything runs; their outputs in the same order."""
     options = {"max_output_tokens": OUTPUT_COUNT, "ignore_eos": True} | options
+    calls = []
     async with AsyncClient(system.address) as client:
-        calls = [asyncio.create_task(client.generate(p, stream=False, **options)) for p in prompt_list]
-        await until(lambda: system.gate.is_set() or system.scheduler.request_count == len(calls))
+        for prompt in prompt_list:
+            calls.append(asyncio.create_task(client.generate(prompt, stream=False, **options)))
+            await until(lambda: system.gate.is_set() or system.scheduler.request_count == len(calls))
         system.gate.set()
         return await asyncio.gather(*calls)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from paceline import Client, TimedOut
+from tests.end_to_end.asking import ask, asking
 from tests.paceline_cli.conftest import REPOSITORY, wait_until
 from tests.paceline_cli.test_serve import Served
 
@@ -43,19 +44,14 @@ def count_of(client: Client) -> int:
     return client.model().executor_count
 
 
-def ask(client: Client, number: int, token_count: int = 100) -> int:
-    """One request; the tokens that came."""
-    return len(client.generate(f"request {number}", max_output_tokens=token_count, stream=False).token_ids)
-
-
 def test_executors_come_with_the_load_and_go_with_it_and_no_request_fails(served):
     """The promise: from none to the limit and back to none, with every answer whole and every decision in the log."""
     with Client(served.address) as client, ThreadPoolExecutor(32) as people:
         assert count_of(client) == 0
         assert ask(client, 0, 8) == 8  # held until the first one is there
-        answers = [people.submit(ask, client, number) for number in range(24)]
-        wait_until(lambda: count_of(client) == 3)
-        assert [answer.result() for answer in answers] == [100] * 24
+        with asking(client, 24) as token_counts:
+            wait_until(lambda: count_of(client) == 3)
+        assert token_counts() == {100}
         trickle = [people.submit(ask, client, number, 200) for number in range(3)]
         wait_until(lambda: count_of(client) == 1)  # those who ran elsewhere have moved
         assert [answer.result() for answer in trickle] == [200] * 3
@@ -73,13 +69,13 @@ def test_executors_come_with_the_load_and_go_with_it_and_no_request_fails(served
 
 def test_an_autoscaler_that_dies_changes_nothing_until_it_is_back(served):
     """It owns no process and no request: whoever runs goes on, whoever comes later is served later."""
-    with Client(served.address) as client, ThreadPoolExecutor(8) as people:
-        answers = [people.submit(ask, client, number, 150) for number in range(6)]
-        wait_until(lambda: count_of(client) == 2)
-        victim = next(pid for pid in served.child_pids() if " autoscaler " in served.command_of(pid))
-        os.kill(victim, signal.SIGKILL)
+    with Client(served.address) as client:
+        with asking(client, 6) as token_counts:
+            wait_until(lambda: count_of(client) == 2)
+            victim = next(pid for pid in served.child_pids() if " autoscaler " in served.command_of(pid))
+            os.kill(victim, signal.SIGKILL)
 
-        assert [answer.result() for answer in answers] == [150] * 6
+        assert token_counts() == {100}
         wait_until(lambda: count_of(client) == 0)  # the next one goes on where it was
         assert ask(client, 9, 8) == 8
     assert "Traceback" not in served.printed

@@ -2,12 +2,12 @@
 
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 
 from paceline import Client, Unavailable
+from tests.end_to_end.asking import ask, asking
 from tests.end_to_end.processes import Process
 from tests.paceline_cli.conftest import wait_until
 
@@ -55,11 +55,6 @@ def scaling_file(folder, cluster, scheduler):
     return path
 
 
-def ask(client, number):
-    output = client.generate(f"request {number}", max_output_tokens=100, stream=False)
-    return len(output.token_ids)
-
-
 def test_executors_come_and_go_on_the_nodes_of_a_cluster(cluster, tmp_path):
     """Ray places and starts them; requests, drains and tokens go the way they always go."""
     scheduler = Process(tmp_path / "scheduler", "-m", "paceline_cli", "scheduler", "fake", "--listen", "127.0.0.1:0")
@@ -68,10 +63,10 @@ def test_executors_come_and_go_on_the_nodes_of_a_cluster(cluster, tmp_path):
     autoscaler = Process(tmp_path / "autoscaler", "-m", "paceline_cli", "autoscaler", "run", str(file), "-s", address)
     try:
         wait_until(lambda: "an autoscaler follows the load" in scheduler.printed)
-        with Client(address) as client, ThreadPoolExecutor(16) as people:
-            answers = [people.submit(ask, client, number) for number in range(12)]
-            wait_until(lambda: client.model().executor_count == 2)
-            assert [answer.result() for answer in answers] == [100] * 12
+        with Client(address) as client:
+            with asking(client, 12) as token_counts:
+                wait_until(lambda: client.model().executor_count == 2)
+            assert token_counts() == {100}
             wait_until(lambda: client.model().executor_count == 0)
             assert ask(client, 99) == 100
     except Unavailable:

@@ -315,9 +315,9 @@ async def test_the_file_is_what_the_scheduler_said(tmp_path, monkeypatch):
 
 async def test_without_an_id_the_slowest_are_listed():
     """Who asks why "a" request was slow has no id yet; the columns say which part it was."""
-    async with started(1) as system:
+    async with started(1, executor=replace(FAST, fake_step_us=10_000)) as system:
         empty = await trace(system)
-        for number, length in enumerate((2, 40, 8)):
+        for number, length in enumerate((2, 120, 50)):
             await read(system.generate(request(f"{number}", length, request_id=f"r{number}", ignore_eos=True)))
         await asyncio.sleep(0.25)  # looks are shared for a moment
         result = await trace(system)
