@@ -112,7 +112,7 @@ class ExecutorLink:
 
     @property
     def idle_share(self) -> float:
-        """Share of the time, 0 to 1, in which the executor had requests to go on with and no plan."""
+        """Share of the time since it joined, 0 to 1, in which it had requests to go on with and no plan."""
         return self.steps.idle_share
 
     def is_wedged(self, now: float, least_s: float) -> bool:

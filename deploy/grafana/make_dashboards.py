@@ -407,6 +407,7 @@ def fleet() -> Json:
     phases = 'paceline_executor_phase_seconds_total{phase!="wait"}'
     tokens = "paceline_tokens_generated_total"
     cost = "paceline_autoscaler_cost_total"
+    starved, busy = (f"rate(paceline_executor_{kind}_seconds_total{RATE})" for kind in ("starved", "busy"))
     return dashboard(
         "paceline-fleet",
         "Paceline: fleet, autoscaling and cost",
@@ -496,8 +497,9 @@ def fleet() -> Json:
             ),
             lines(
                 "Does an executor wait for the scheduler?",
+                "Share of its time with work; a gap: it had none. "
                 "Above the line: the scheduler's process is short of CPU, or the line between them is slow.",
-                {"{{executor_id}}": "paceline_executor_idle_share"},
+                {"{{executor_id}}": f"{starved} / ({starved} + {busy})"},
                 "percentunit",
                 line_at=0.02,
             ),

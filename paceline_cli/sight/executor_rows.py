@@ -74,7 +74,7 @@ def _cells(overview: pb.ExecutorOverview, bar_width: int, mono: bool) -> tuple[T
         Text(amount(max(0.0, overview.steps_per_s))),
         Text(duration(executor.step_us / 1e6) if executor.step_us else "–"),
         stacked_bar(phases, bar_width, mono),
-        Text(percent(executor.idle_share), style="bold red" if executor.idle_share >= _MUCH_IDLE else ""),
+        Text(percent(overview.idle_share), style="bold red" if overview.idle_share >= _MUCH_IDLE else ""),
         Text(percent(held)),
         Text(percent(executor.reused_token_count / known) if known else "–"),
     )

@@ -139,12 +139,18 @@ class SchedulerMetrics(Collector):
 
 
 def _steps(meters: Mapping[str, StepMeter]) -> Iterator[Metric]:
-    idle_share = GaugeMetricFamily(
-        "paceline_executor_idle_share",
-        "Share of its time in which it had requests to go on with and no plan: what the split costs.",
+    starved = CounterMetricFamily(
+        "paceline_executor_starved_seconds",
+        "Time in which it had requests to go on with and no plan: what the split costs.",
         labels=["executor_id"],
     )
-    yield _labelled(idle_share, {(name,): steps.idle_share for name, steps in meters.items()})
+    yield _labelled(starved, {(name,): steps.starved_s for name, steps in meters.items()})
+    busy = CounterMetricFamily(
+        "paceline_executor_busy_seconds",
+        "Time that its steps took; with paceline_executor_starved_seconds_total all the time in which it had work.",
+        labels=["executor_id"],
+    )
+    yield _labelled(busy, {(name,): steps.total.busy for name, steps in meters.items()})
     count = CounterMetricFamily("paceline_executor_steps", "Steps that it ran.", labels=["executor_id"])
     yield _labelled(count, {(name,): steps.step_count for name, steps in meters.items()})
     phases = CounterMetricFamily(

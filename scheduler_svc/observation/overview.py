@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from scheduler_svc.fleet_service import DURABILITIES
 from scheduler_svc.journal.journal import Journal
 from scheduler_svc.load import load_of
 from scheduler_svc.load_meter import LoadWatcher
-from scheduler_svc.observation.step_meter import StepMeter
+from scheduler_svc.observation.step_meter import StepMeter, idle_share
 from scheduler_svc.observation.timeline import Attempt, Timeline
 from scheduler_svc.observation.tracing import SAMPLED
 from scheduler_svc.scaling_lease import ScalingLease
@@ -35,31 +36,45 @@ _QUEUE, _PREFILL = observation_pb2.REQUEST_STAGE_QUEUE, observation_pb2.REQUEST_
 _DECODE, _ENDED = observation_pb2.REQUEST_STAGE_DECODE, observation_pb2.REQUEST_STAGE_ENDED
 
 
+class Counters(NamedTuple):
+    """Where the counters of a step meter are, or how much they grow in a second."""
+
+    steps: float = 0.0
+    tokens: float = 0.0
+    sent_bytes: float = 0.0
+    received_bytes: float = 0.0
+    starved_s: float = 0.0
+    busy_s: float = 0.0
+
+    @classmethod
+    def of(cls, steps: StepMeter) -> Counters:
+        """As they are now."""
+        wire = steps.sent_byte_count, steps.received_byte_count
+        return cls(steps.step_count, steps.token_count, *wire, steps.starved_s, steps.total.busy)
+
+
 class Rates:
     """How fast the counters of a step meter grow."""
 
     def __init__(self, steps: StepMeter) -> None:
         """Before the first sample."""
         self._steps = steps
-        self._samples: deque[tuple[float, tuple[int, ...]]] = deque()
+        self._samples: deque[tuple[float, Counters]] = deque()
 
     def sample(self, now: float) -> None:
         """Keep how far the counters are, every `SAMPLE_EVERY_S`."""
-        self._samples.append((now, self._counters))
+        self._samples.append((now, Counters.of(self._steps)))
         while len(self._samples) > 1 and self._samples[1][0] <= now - _RATE_OVER_S:
             self._samples.popleft()
 
-    def now(self, now: float) -> tuple[float, ...]:
-        """Steps, tokens, bytes sent and bytes received a second, over the last seconds."""
-        since, first = self._samples[0] if self._samples else (now, self._counters)
+    def now(self, now: float) -> Counters:
+        """Growth a second, over the last seconds."""
+        counters = Counters.of(self._steps)
+        since, first = self._samples[0] if self._samples else (now, counters)
         over_s = now - since
-        pairs = zip(self._counters, first, strict=True)
-        return tuple((last - then) / over_s if over_s > 0 else 0.0 for last, then in pairs)
-
-    @property
-    def _counters(self) -> tuple[int, ...]:
-        steps = self._steps
-        return steps.step_count, steps.token_count, steps.sent_byte_count, steps.received_byte_count
+        if over_s <= 0:
+            return Counters()
+        return Counters(*((last - then) / over_s for last, then in zip(counters, first, strict=True)))
 
 
 class Overview:
@@ -159,10 +174,11 @@ class Overview:
             phases=observation_pb2.StepPhases(
                 **{f"{phase}_us": 1e6 * value for phase, value in mean._asdict().items()}
             ),
-            steps_per_s=rates[0],
-            tokens_per_s=rates[1],
-            sent_bytes_per_s=rates[2],
-            received_bytes_per_s=rates[3],
+            steps_per_s=rates.steps,
+            tokens_per_s=rates.tokens,
+            sent_bytes_per_s=rates.sent_bytes,
+            received_bytes_per_s=rates.received_bytes,
+            idle_share=idle_share(rates.starved_s, rates.busy_s),
         )
         executor = self._engine.scheduler.executors.get(name) if member.link.is_attached else None
         if executor is not None:

@@ -64,6 +64,11 @@ class StepMeter:
 
     @property
     def idle_share(self) -> float:
-        """Share of the time, 0 to 1, in which the executor had requests to go on with and no plan."""
-        busy_s = self.total.busy
-        return self.starved_s / (self.starved_s + busy_s) if self.starved_s + busy_s else 0.0
+        """Share of the time since it joined, 0 to 1, in which the executor had requests to go on with and no plan."""
+        return idle_share(self.starved_s, self.total.busy)
+
+
+def idle_share(starved_s: float, busy_s: float) -> float:
+    """Share of the time with work, 0 to 1, in which an executor had no plan; 0 where there was no work."""
+    with_work_s = starved_s + busy_s
+    return starved_s / with_work_s if with_work_s else 0.0

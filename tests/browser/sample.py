@@ -67,7 +67,6 @@ def _executor(chance: random.Random, number: int, state: fleet.ExecutorState) ->
             reusable_block_count=4 * cells.count(CACHED),
             step=48_211 + 97 * number,
             step_us=11_840 + 300 * number,
-            idle_share=[0.0004, 0.0312, 0.0011][number],
             known_token_count=9_100_000,
             reused_token_count=4_350_000 - 700_000 * number,
         ),
@@ -85,6 +84,7 @@ def _executor(chance: random.Random, number: int, state: fleet.ExecutorState) ->
         sent_bytes_per_s=61_400,
         received_bytes_per_s=38_900,
         empty_block_count=4 * cells.count(FREE),
+        idle_share=[0.0004, 0.0312, 0.0011][number],
     )
 
 

@@ -41,7 +41,8 @@ _SCHEDULER: dict[str, Labels] = {
         """
         paceline_executor_requests_running paceline_executor_blocks paceline_executor_blocks_held
         paceline_executor_blocks_cached paceline_executor_step_seconds paceline_executor_token_seconds
-        paceline_executor_startup_seconds paceline_executor_idle_share paceline_executor_steps_total
+        paceline_executor_startup_seconds paceline_executor_starved_seconds_total paceline_executor_busy_seconds_total
+        paceline_executor_steps_total
         """,
         {"executor_id": ANY},
     ),

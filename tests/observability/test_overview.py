@@ -17,7 +17,8 @@ from common.otlp_json import to_otlp_json
 from common.processes import ANY_PORT
 from common.spans import Origin, Span, SpanEvent, SpanKind, SpanLink
 from paceline.v1 import fleet_pb2, observation_pb2, observation_pb2_grpc
-from scheduler_svc.observation.step_meter import Phases, StepMeter
+from scheduler_svc.observation.overview import Rates
+from scheduler_svc.observation.step_meter import Phases, StepMeter, idle_share
 from scheduler_svc.observation.tracing import Budget, Tracing
 from tests.system import FAST, request, started, until
 
@@ -109,6 +110,29 @@ async def test_speeds_and_phases_of_an_executor_are_measured():
     assert executor.sent_bytes_per_s > 0
     assert executor.received_bytes_per_s > 0
     assert 0 <= executor.executor.idle_share < 1
+    assert 0 <= executor.idle_share < 1
+
+
+def test_the_idle_share_of_the_last_seconds_forgets_what_was_before():
+    """An operator who has given the scheduler a core sees at once that it helped."""
+    steps = StepMeter()
+    rates = Rates(steps)
+    steps.note(Phases(idle=3.0, forward=1.0), goes_on=True)
+    rates.sample(0.0)
+    quiet = rates.now(2.0)
+    steps.note(Phases(idle=1.0, forward=3.0), goes_on=True)
+    rates.sample(4.0)
+    starved = rates.now(4.0)
+    steps.note(Phases(idle=5.0, forward=4.0), goes_on=False)
+    for at in (6.0, 8.0, 10.0):
+        rates.sample(at)
+    later = rates.now(10.0)
+
+    assert idle_share(quiet.starved_s, quiet.busy_s) == 0.0
+    assert idle_share(starved.starved_s, starved.busy_s) == pytest.approx(0.25)
+    assert idle_share(later.starved_s, later.busy_s) == 0.0
+    assert later.busy_s == pytest.approx(4.0 / 6.0)
+    assert steps.idle_share == pytest.approx(4.0 / 12.0)
 
 
 async def test_what_the_autoscaler_decided_is_shown_as_long_as_it_has_the_right():

@@ -422,8 +422,8 @@ class Executor(_message.Message):
     step_us: _builtins.int
     """Median time of its last steps in microseconds, as the executor reports it. 0: none yet."""
     idle_share: _builtins.float
-    """Share of the time since it was attached, 0 to 1, in which it had requests to go on with and no plan: what the
-    split costs. Time without any work does not count.
+    """Share of the time since it joined, 0 to 1, in which it had requests to go on with and no plan: what the split has
+    cost. Time without any work does not count. `ExecutorOverview.idle_share` is that of the last seconds.
     """
     reusable_block_count: _builtins.int
     """Free blocks whose keys and values are kept for requests that begin with the same tokens, until the space is needed."""

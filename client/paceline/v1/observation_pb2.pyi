@@ -151,6 +151,7 @@ class ExecutorOverview(_message.Message):
     SENT_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     EMPTY_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    IDLE_SHARE_FIELD_NUMBER: _builtins.int
     block_cells: _builtins.bytes
     """The blocks of its cache in the order of their numbers, a byte for each cell of `blocks_per_cell` blocks: 0 all of
     them are free, 1 something in it is kept for reuse, 2 a request holds something in it. At most 1024 cells.
@@ -163,6 +164,10 @@ class ExecutorOverview(_message.Message):
     received_bytes_per_s: _builtins.float
     empty_block_count: _builtins.int
     """Blocks that are free and hold nothing."""
+    idle_share: _builtins.float
+    """In the last seconds: share of the time, 0 to 1, in which it had requests to go on with and no plan: what the split
+    costs now. Time without any work does not count; 0 where there was no work at all.
+    """
     @_builtins.property
     def executor(self) -> _fleet_pb2.Executor: ...
     @_builtins.property
@@ -181,10 +186,11 @@ class ExecutorOverview(_message.Message):
         sent_bytes_per_s: _builtins.float = ...,
         received_bytes_per_s: _builtins.float = ...,
         empty_block_count: _builtins.int = ...,
+        idle_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "phases", b"phases"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_cells", b"block_cells", "blocks_per_cell", b"blocks_per_cell", "empty_block_count", b"empty_block_count", "executor", b"executor", "phases", b"phases", "received_bytes_per_s", b"received_bytes_per_s", "sent_bytes_per_s", b"sent_bytes_per_s", "steps_per_s", b"steps_per_s", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_cells", b"block_cells", "blocks_per_cell", b"blocks_per_cell", "empty_block_count", b"empty_block_count", "executor", b"executor", "idle_share", b"idle_share", "phases", b"phases", "received_bytes_per_s", b"received_bytes_per_s", "sent_bytes_per_s", b"sent_bytes_per_s", "steps_per_s", b"steps_per_s", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
