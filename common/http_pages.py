@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
+from typing import Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -59,14 +63,26 @@ PageMaker = Callable[[PageRequest], Page]
 class HttpPages:
     """Answers on threads of its own, so that no event loop waits for a reader."""
 
-    def __init__(self, collectors: Iterable[Collector], pages: Mapping[str, PageMaker] | None = None) -> None:
-        """Serve what `collectors` find at `/metrics`, and `pages` by path: one that ends in `/` has pages below it."""
+    def __init__(
+        self,
+        collectors: Iterable[Collector],
+        pages: Mapping[str, PageMaker] | None = None,
+        *,
+        most_connections: int = 32,
+        within_s: float = 10.0,
+    ) -> None:
+        """Serve what `collectors` find at `/metrics`, and `pages` by path: one that ends in `/` has pages below it.
+
+        Each connection has a thread. One more than `most_connections` is answered with 503 at once; one that has not
+        asked, or not taken its answer, within `within_s` is closed.
+        """
         registry = CollectorRegistry()
         for collector in collectors:
             registry.register(collector)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._pages = dict(pages or {})
-        self._server: WSGIServer | None = None
+        self._limits = most_connections, within_s
+        self._server: _Server | None = None
 
     def start(self, port: int, host: str = "0.0.0.0", flag: str = "--metrics-port") -> int:
         """Listen; returns the port, which the system picks for `ANY_PORT`. Raises `AddressError` when it is taken;
@@ -78,6 +94,7 @@ class HttpPages:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise AddressError(f"cannot serve HTTP on {host}:{port}: {reason}; choose another {flag}") from error
+        server.set_limits(*self._limits)
         self._server = server
         threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
         return int(server.server_port)
@@ -129,6 +146,30 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def set_limits(self, most_connections: int, within_s: float) -> None:
+        """To be called before anybody is served."""
+        self._room = threading.BoundedSemaphore(most_connections)
+        self.within_s = within_s
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer on a thread, where there is one left; called on the thread that accepts everybody."""
+        if not self._room.acquire(blocking=False):
+            _refuse(request)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._room.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and give the thread back."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A peer that went, or never said anything, is no news."""
         if not isinstance(sys.exception(), OSError):
@@ -140,7 +181,56 @@ class _ServerOfIpv6(_Server):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    timeout = 30  # a peer that says nothing holds no thread for ever
+    server: _Server
+
+    def setup(self) -> None:
+        """Bound the time: a peer that says nothing, or a letter now and then, holds no thread for ever."""
+        super().setup()
+        self.connection.settimeout(self.server.within_s)  # for each write: all of the answer, or some lines before it
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_ReadWithin(self.connection, self.server.within_s))
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  as its caller names it
         """Not a line for every scrape."""
+
+
+class _ReadWithin(io.RawIOBase):
+    """What comes over a connection, all of it within a time; `TimeoutError` after that.
+
+    The time-out of a socket begins again with every byte.
+    """
+
+    def __init__(self, connection: socket.socket, within_s: float) -> None:
+        self._connection = connection
+        self._within_s = within_s
+        self._until = time.monotonic() + within_s
+
+    def readable(self) -> bool:
+        """It is only for that."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for the next bytes."""
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the request did not come in time")
+        self._connection.settimeout(left_s)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(self._within_s)
+
+
+_FULL = (
+    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"too many connections at once; close some, or ask again\n"
+)
+
+
+def _refuse(connection: socket.socket) -> None:
+    """Say that there is no room. It must not wait, and need not: so few bytes fit into an empty buffer."""
+    connection.setblocking(False)
+    with suppress(OSError):  # the peer has gone, or has not asked yet
+        connection.send(_FULL)
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(65536)  # unread, it would turn the close into a reset, which can overtake the answer

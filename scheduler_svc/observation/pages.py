@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from google.protobuf.json_format import MessageToJson
+from google.protobuf.json_format import MessageToDict
 
 from common.errors import RefusedError
 from common.http_pages import HttpPages, Page, PageRequest
@@ -23,14 +23,36 @@ from scheduler_svc.observation.service import trace_json
 from scheduler_svc.observation.vllm_metrics import VllmMetrics
 from scheduler_svc.scaling_lease import ScalingLease
 
-_LOOP_S = 5.0
-"""How long a reader waits for the event loop, which has better things to do."""
+_BUSY_S = 3.0
+"""How long a reader waits for the event loop, which has better things to do, and is then answered with 503. Less than
+the 5 s for which the page itself waits, so that it can say why there is nothing."""
 
 _REQUESTS = 100
 _FRESH_S = 0.5
 """Age of an overview that is shown once more: any number of people may look."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """An overview that may be shown once more."""
+
+    made_at: float
+    request_limit: int
+    overview: dict[str, Any]  # with as many requests
+    texts: dict[int, str] = field(default_factory=dict)  # by the requests in them
+
+    def has(self, wanted: int, now: float) -> bool:
+        """Whether it is new enough, and has so many requests."""
+        return now - self.made_at <= _FRESH_S and wanted <= self.request_limit
+
+    def text(self, wanted: int) -> str:
+        """As JSON, with so many requests."""
+        if wanted not in self.texts:
+            requests = self.overview.get("requests", [])[:wanted]
+            self.texts[wanted] = json.dumps({**self.overview, "requests": requests})
+        return self.texts[wanted]
 
 
 class StatusPages:
@@ -49,8 +71,8 @@ class StatusPages:
         """
         self._overview, self._observer = overview, observer
         self._targets = targets
-        self._texts: dict[str, tuple[float, str]] = {}  # overviews by the requests wanted, and when each was made
-        self._lock = threading.Lock()
+        self._shown: _Shown | None = None
+        self._lock = threading.Lock()  # of `_shown`
         self._loop = asyncio.get_running_loop()
         self.http = HttpPages(
             [metrics],
@@ -71,13 +93,23 @@ class StatusPages:
         wanted = request.parameters.get("requests", str(_REQUESTS))
         if not wanted.isdecimal() or len(wanted) > 4 or int(wanted) > MOST_REQUESTS:
             return Page(f"requests must be 0 to {MOST_REQUESTS}", "text/plain", "400 Bad Request")
-        with self._lock:
-            made_at, text = self._texts.get(wanted, (-math.inf, ""))
-            if time.monotonic() - made_at > _FRESH_S:  # writing it costs more than making it
-                overview = self._on_loop(lambda: self._overview.make(int(wanted)))
-                text = MessageToJson(overview, indent=None)
-                self._texts = {wanted: (time.monotonic(), text)}
-        return Page(text)
+        return Page(self._overview_text(int(wanted), time.monotonic() + _BUSY_S))
+
+    def _overview_text(self, wanted: int, until: float) -> str:
+        """The overview with so many requests. It is made with as many as the page asks for, or with all, and cut:
+        whoever asks for other numbers costs nothing.
+        """
+        if not self._lock.acquire(timeout=_BUSY_S):
+            raise TimeoutError("others wait for the event loop already")
+        try:
+            shown = self._shown
+            if shown is None or not shown.has(wanted, time.monotonic()):
+                limit = _REQUESTS if wanted <= _REQUESTS else MOST_REQUESTS
+                overview = self._on_loop(lambda: self._overview.make(limit), until)
+                shown = self._shown = _Shown(time.monotonic(), limit, MessageToDict(overview))
+            return shown.text(wanted)
+        finally:
+            self._lock.release()
 
     def _api_trace(self, request: PageRequest) -> Page:
         try:
@@ -91,11 +123,18 @@ class StatusPages:
         targets.pop("", None)  # whoever names no host finds it by itself
         return Page(json.dumps([{"targets": [target], "labels": labels} for target, labels in targets.items()]))
 
-    def _on_loop(self, look: Callable[[], T]) -> T:
+    def _on_loop(self, look: Callable[[], T], until: float | None = None) -> T:
+        """What `look` returns on the event loop. Raises `TimeoutError` when that has no time for it."""
+
         async def call() -> T:
             return look()
 
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(_LOOP_S)
+        looking = asyncio.run_coroutine_threadsafe(call(), self._loop)
+        try:
+            return looking.result(_BUSY_S if until is None else max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            looking.cancel()  # a loop that has been busy need not begin with looks that nobody waits for
+            raise
 
 
 def metrics_targets(fleet: Fleet, scaling: ScalingLease) -> dict[str, dict[str, str]]:
