@@ -1,6 +1,7 @@
 """What an operator can set on a scheduler."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class SchedulerConfig:
 
     otlp_endpoint: str = ""
     """Where traces go: an OTLP/gRPC receiver such as Jaeger's, `http://HOST:4317`. Empty: what the environment says in
-    OTEL_EXPORTER_OTLP_ENDPOINT, else nowhere."""
+    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, else nowhere."""
 
     trace_requests: float = 10.0
     """Requests a second that are traced although their callers do not trace them. Those that fail are traced too, at
@@ -90,15 +91,28 @@ class SchedulerConfig:
     the next start: 0 leaves at once."""
 
 
+_RECEIVERS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the first that is set counts
+
+
+def trace_receiver(config: SchedulerConfig) -> str:
+    """Where traces go: as the settings say, else the environment; empty for nowhere.
+
+    Raises `ValueError` for what cannot be a receiver, naming the variable that it comes from.
+    """
+    named = [("", config.otlp_endpoint), *((f"{name} is ", os.environ.get(name, "")) for name in _RECEIVERS)]
+    source, endpoint = next(((source, endpoint) for source, endpoint in named if endpoint), ("", ""))
+    if endpoint and not re.fullmatch(r"https?://[^/\s]+/?", endpoint):
+        what = f"{source}'{endpoint}', which" if source else f"'{endpoint}'"
+        raise ValueError(f"{what} is no receiver of traces; name one as http://HOST:4317, or https://HOST:4317")
+    return endpoint
+
+
 def check_settings(config: SchedulerConfig) -> None:
     """Refuse settings that nothing could be served with. Raises `ValueError`."""
     make_policy(config.policy, input_weight=config.fair_input_weight, output_weight=config.fair_output_weight)
     if not 0 <= config.trace_requests < math.inf:
         raise ValueError(f"trace requests must be 0 or more a second, got {config.trace_requests:g}")
-    if config.otlp_endpoint and not re.fullmatch(r"https?://[^/\s]+/?", config.otlp_endpoint):
-        raise ValueError(
-            f"'{config.otlp_endpoint}' is no receiver of traces; name one as http://HOST:4317, or https://HOST:4317"
-        )
+    trace_receiver(config)
     if not 0.5 <= config.lease_s <= 3600:  # NaN is refused here too
         raise ValueError(f"lease must be 0.5 to 3600 seconds, got {config.lease_s:g}")
     if not 0 < config.step_timeout_s < math.inf:

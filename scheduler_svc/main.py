@@ -21,7 +21,7 @@ from common.serving_folder import ServingFolder
 from common.spans import Origin
 from paceline.v1 import fleet_pb2_grpc, inference_pb2_grpc, observation_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
-from scheduler_svc.config import SchedulerConfig, check_settings
+from scheduler_svc.config import SchedulerConfig, check_settings, trace_receiver
 from scheduler_svc.door import Door
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
@@ -82,8 +82,7 @@ def load_model(config: SchedulerConfig) -> tuple[str, str, Tokenizer, dict[str, 
 
 def _open_sink(config: SchedulerConfig) -> OtlpSink | None:
     """Where traces go, or None; OpenTelemetry is not even imported then."""
-    endpoint = config.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "")
-    endpoint = endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    endpoint = trace_receiver(config)
     if not endpoint:
         return None
     from common.span_exporter import OtlpSink

@@ -19,7 +19,7 @@ from paceline_cli.config_flags import flags_for
 from paceline_cli.errors import ExitCode, command_error
 from paceline_cli.main import app
 from paceline_cli.sizes import format_size, parse_size
-from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.config import SchedulerConfig, trace_receiver
 from tests.paceline_cli.conftest import REPOSITORY
 
 VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "health", "fleet", "replay")
@@ -152,6 +152,28 @@ def test_a_refusal_by_a_service_is_wrong_usage(monkeypatch):
     assert "power of two, got 24" in result.output
     assert "take 16 or 32" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"])
+@pytest.mark.parametrize("verb", ["scheduler", "serve"])
+def test_a_wrong_receiver_of_traces_in_the_environment_is_refused_by_its_name(verb, name):
+    """That traces went nowhere shows when they are needed; who set the variable may have meant another program."""
+    result = paceline(verb, "fake", env={name: "collector:4317"})
+
+    assert result.exit_code == ExitCode.USAGE
+    assert f"{name} is 'collector:4317', which is no receiver of traces" in " ".join(result.output.split())
+    assert "http://HOST:4317" in result.output
+
+
+def test_a_receiver_of_traces_that_is_named_goes_before_the_environment(monkeypatch):
+    """What does not count is not checked: it may be right for others."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    named = SchedulerConfig(model="fake", otlp_endpoint="http://here:4317")
+
+    assert trace_receiver(named) == "http://here:4317"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://there:4317/")
+    assert trace_receiver(SchedulerConfig(model="fake")) == "https://there:4317/"
+    assert paceline("scheduler", "fake", "--otlp-endpoint", "here").exit_code == ExitCode.USAGE
 
 
 def test_a_folder_that_is_none_says_how_to_make_one():
