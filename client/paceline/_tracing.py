@@ -59,12 +59,17 @@ class CallSpan:
         span.end()
 
     def fail(self, error: BaseException) -> None:
-        """The call is over with an error. One that the reader brought about itself is none."""
+        """The call is over with an error: of the call, or of what the program does with its answers.
+
+        That the reader leaves is none: it cancels, is cancelled, or the program is interrupted.
+        """
         span = self._span  # another thread may end it meanwhile
-        if span is not None and isinstance(error, PacelineError) and error.code.name != "CANCELLED":
+        status = error.code.name if isinstance(error, PacelineError) else ""
+        if span is not None and isinstance(error, Exception) and status != "CANCELLED":
             trace = sys.modules["opentelemetry.trace"]
-            span.set_attribute("error.type", error.code.name)
-            span.set_attribute("rpc.response.status_code", error.code.name)
+            span.set_attribute("error.type", status or type(error).__qualname__)
+            if status:
+                span.set_attribute("rpc.response.status_code", status)
             span.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
         self.end()
 

@@ -83,6 +83,59 @@ async def test_a_batch_is_one_span(exporter):
     assert [span.name for span in exporter.get_finished_spans()] == ["generate_batch"]
 
 
+def break_down(_done, _all):
+    """An `on_progress` with a mistake."""
+    raise ZeroDivisionError("a mistake in the picture of the progress")
+
+
+def ask(address):
+    """A batch by the client for threads."""
+    with Client(address) as client:
+        client.generate_batch(["a", "b"], max_output_tokens=2, on_progress=break_down)
+
+
+async def ask_on_a_thread(address):
+    """The same, for an event loop."""
+    await asyncio.to_thread(ask, address)
+
+
+async def ask_with_asyncio(address):
+    """A batch by the client for asyncio."""
+    async with AsyncClient(address) as client:
+        await client.generate_batch(["a", "b"], max_output_tokens=2, on_progress=break_down)
+
+
+@pytest.mark.parametrize("ask", [ask_on_a_thread, ask_with_asyncio])
+async def test_an_error_of_the_programs_own_is_the_status_of_the_span(exporter, ask):
+    """The batch ended in the middle because `on_progress` raised: its span must not look like one that went well."""
+    async with started() as system:
+        with pytest.raises(ZeroDivisionError):
+            await ask(system.address)
+
+    span = spans_by_name(exporter)["generate_batch"]
+    assert span.status.status_code is trace.StatusCode.ERROR
+    assert span.status.description == "a mistake in the picture of the progress"
+    assert span.attributes["error.type"] == "ZeroDivisionError"
+    assert "rpc.response.status_code" not in span.attributes
+
+
+async def test_a_reader_that_is_cancelled_has_no_error(exporter):
+    """The program wanted nothing more: an alert on errors must not count that."""
+    reading = asyncio.Event()
+    async with started() as system, AsyncClient(system.address) as client:
+
+        async def read():
+            async for _ in client.generate("hello", max_output_tokens=200):
+                reading.set()
+
+        task = asyncio.create_task(read())
+        await reading.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    assert spans_by_name(exporter)["text_completion"].status.status_code is trace.StatusCode.UNSET
+
+
 async def test_threads_have_the_same_spans(exporter):
     """The client for programs without asyncio does the same."""
 
