@@ -48,6 +48,10 @@ class AddressError(ValueError):
     """An address that cannot be listened on."""
 
 
+class AddressTakenError(AddressError):
+    """One that cannot be listened on now: whoever has it may let it go, so that trying again can help."""
+
+
 class Server:
     """A gRPC server with health and reflection, bound to its addresses.
 
@@ -63,8 +67,8 @@ class Server:
     async def start(self, addresses: Iterable[str], services: Sequence[str]) -> list[str]:
         """Bind and start; returns the addresses with the ports that were picked for port 0.
 
-        Raises `AddressError` when an address is malformed or taken. `services` are the full names that reflection
-        and health know. Health says NOT_SERVING until `set_serving`.
+        Raises `AddressError` when an address is malformed, `AddressTakenError` when it is taken. `services` are the
+        full names that reflection and health know. Health says NOT_SERVING until `set_serving`.
         """
         self._services = ("", *services)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -96,18 +100,18 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     if not address.startswith("unix:"):
         check_host_port(address)
     elif _answers(address.removeprefix("unix:")):
-        raise AddressError(
+        raise AddressTakenError(
             f"cannot listen on '{address}': the socket is in use; choose another path, or stop what uses it"
         )
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         if address.startswith("unix:"):
-            raise AddressError(
+            raise AddressTakenError(
                 f"cannot listen on '{address}': is the folder there, and the path short enough?"
             ) from error
         number = address.rpartition(":")[2]
-        raise AddressError(
+        raise AddressTakenError(
             f"cannot listen on '{address}': port {number} is in use, or the host is not this machine; "
             f"choose another port, or stop what uses it"
         ) from error

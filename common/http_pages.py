@@ -20,7 +20,7 @@ import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.registry import Collector
 
-from common.grpc_servers import AddressError
+from common.grpc_servers import AddressError, AddressTakenError
 from common.processes import ANY_PORT
 
 log = structlog.get_logger()
@@ -85,7 +85,7 @@ class HttpPages:
         self._server: _Server | None = None
 
     def start(self, port: int, host: str = "0.0.0.0", flag: str = "--metrics-port") -> int:
-        """Listen; returns the port, which the system picks for `ANY_PORT`. Raises `AddressError` when it is taken;
+        """Listen; returns the port, which the system picks for `ANY_PORT`. Raises `AddressTakenError` when it is taken;
         `flag` says in its message how to choose another.
         """
         try:
@@ -93,7 +93,8 @@ class HttpPages:
             server = make_server(host.strip("[]"), 0 if port == ANY_PORT else port, self._answer, kind, _QuietHandler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise AddressError(f"cannot serve HTTP on {host}:{port}: {reason}; choose another {flag}") from error
+            kind_of_error = AddressTakenError if isinstance(error, OSError) else AddressError
+            raise kind_of_error(f"cannot serve HTTP on {host}:{port}: {reason}; choose another {flag}") from error
         server.set_limits(*self._limits)
         self._server = server
         threading.Thread(target=server.serve_forever, name="http", daemon=True).start()

@@ -111,12 +111,12 @@ def _refusals() -> Iterator[None]:
 
     A service raises `ValueError` only at its start. An address that is taken may be free the next time.
     """
-    from common.grpc_servers import AddressError
+    from common.grpc_servers import AddressTakenError
     from scheduler_svc.journal.errors import JournalError
 
     try:
         yield
-    except AddressError:
+    except AddressTakenError:
         raise
     except JournalError as error:  # another process may use it, and end
         message, _, remedy = str(error).rpartition("; ")

@@ -56,7 +56,9 @@ def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
         try:
             hook(*arguments, **named)
         except Exception:
-            log.exception("what was observed is lost; serving goes on", hook=hook.__name__)
+            about = [one.request for one in arguments if isinstance(one, Answer)]
+            ids = log_ids(about[0]) if about else {}
+            log.exception("what was observed is lost; serving goes on", hook=hook.__name__, **ids)
 
     return guarded
 

@@ -189,6 +189,11 @@ async def test_what_cannot_be_started_says_why_and_disturbs_nobody(services, cli
             rf"'{tmp_path}' is not a serving folder: it has no paceline.json\n.*paceline prepare {tmp_path}",
         ),
         (
+            services.command("scheduler", "fake", "--listen", "nowhere"),
+            2,
+            r"'nowhere' is not an address: give host:port",
+        ),
+        (
             services.command("scheduler", str(tmp_path / "missing")),
             2,
             rf"'{tmp_path}/missing' is not there, not a serving folder\n.*paceline prepare MODEL",
