@@ -12,12 +12,17 @@ from grpc_status import rpc_status
 class RefusedError(Exception):
     """A call that cannot be served as it is. Its message names the value, the limit and the way out."""
 
-    def __init__(self, code: grpc.StatusCode, message: str, retry_after_s: float | None = None) -> None:
-        """Say why; `retry_after_s` tells the caller when trying again makes sense."""
+    def __init__(
+        self, code: grpc.StatusCode, message: str, retry_after_s: float | None = None, reason: str = ""
+    ) -> None:
+        """Say why; `retry_after_s` tells the caller when trying again makes sense, `reason` is the word under which
+        it is counted where the code does not say enough.
+        """
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
     @property
     def code_number(self) -> int:

@@ -41,11 +41,20 @@ class Piece:
 class Answer:
     """What a request produces, all of its choices."""
 
-    def __init__(self, request: Request, texts: Sequence[TextStream], terms: Terms, accepted_at: float) -> None:
-        """Start empty; `texts` are those of the choices."""
+    def __init__(
+        self,
+        request: Request,
+        texts: Sequence[TextStream],
+        terms: Terms,
+        accepted_at: float,
+        received_at: float | None = None,
+    ) -> None:
+        """Start empty; `texts` are those of the choices; without `received_at` it was accepted at once."""
         self.request = request
         self.terms = terms
         self.accepted_at = accepted_at
+        self.received_at = accepted_at if received_at is None else received_at  # since when its user waits
+        self.held_for: tuple[str, ...] = ()  # what it was held at the door for
         self.is_abandoned = False  # nobody came back for it
         self.number = 0  # in the journal; 0: not there
         self.known_end: float | None = None  # when it ended, in an earlier life of the scheduler

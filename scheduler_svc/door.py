@@ -22,6 +22,7 @@ from scheduler_svc.answers import Terms
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.request import Request, Sampling, TraceContext, with_choices
 from scheduler_svc.fleet import ModelLimits
+from scheduler_svc.refusals import no_executor, too_large
 from scheduler_svc.text_stream import TextStream
 from scheduler_svc.tokenizer import ChatTemplateError, Tokenizer
 
@@ -61,9 +62,7 @@ class Door:
     ) -> tuple[Request, list[TextStream], Terms]:
         """Make a request of the message, and a stream of text for each of its choices. Raises `RefusedError`."""
         if limits is None:
-            raise RefusedError(
-                grpc.StatusCode.UNAVAILABLE, "no executor has joined yet; retry with backoff until one is ready"
-            )
+            raise no_executor()
         if message.model and message.model != self.model_name:
             raise RefusedError(
                 grpc.StatusCode.NOT_FOUND,
@@ -128,7 +127,7 @@ class Door:
             return
         size = len(message.text.encode()) if kind == "text" else message.chat.ByteSize()
         if size > self._config.max_prompt_bytes:
-            raise invalid(
+            raise too_large(
                 f"{kind} has {size} bytes, the limit is {self._config.max_prompt_bytes}; the context length is "
                 f"{limits.context_length} tokens in any case: shorten it"
             )
@@ -254,7 +253,7 @@ def _check_length(message: pb.GenerateRequest, prompt_count: int, limits: ModelL
         kind = message.WhichOneof("prompt")
         raise invalid(f"{kind} gives an empty prompt; the model needs at least one token to continue")
     if prompt_count >= limits.context_length:
-        raise invalid(
+        raise too_large(
             f"the prompt has {prompt_count} tokens but the context length of the model is "
             f"{limits.context_length}, prompt and output together; shorten the prompt"
         )
@@ -264,7 +263,7 @@ def _check_given_token_ids(data: bytes, limits: ModelLimits) -> None:
     if len(data) % 4:
         raise invalid(f"token_ids has {len(data)} bytes, which is not a whole number of little-endian uint32")
     if len(data) // 4 >= limits.context_length:
-        raise invalid(
+        raise too_large(
             f"token_ids has {len(data) // 4} tokens but the context length of the model is {limits.context_length}, "
             f"prompt and output together; shorten the prompt"
         )
@@ -303,7 +302,7 @@ def _max_output_count(stopping: sampling_pb2.StopConditions, prompt_count: int, 
     if wanted < 1:
         raise invalid("max_output_tokens is 0, must be at least 1; leave it out for the default")
     if wanted > room:
-        raise invalid(
+        raise too_large(
             f"max_output_tokens is {wanted}, but the prompt has {prompt_count} tokens and the context length is "
             f"{limits.context_length}, prompt and output together; ask for at most {room}"
         )

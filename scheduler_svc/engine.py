@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 import grpc
 import structlog
 
-from common.errors import RefusedError, invalid
+from common.errors import RefusedError
 from scheduler_svc.answers import Answer, AnswerBook, Terms
+from scheduler_svc.arrivals import Arrival, Arrivals, Hold
 from scheduler_svc.config import SchedulerConfig
 from scheduler_svc.core.plan import Capacity, Inventory, NeverFitsError, Outputs, Plan, Result
 from scheduler_svc.core.policies import make_policy
@@ -25,7 +24,7 @@ from scheduler_svc.observation.observer import Observer, log_ids
 from scheduler_svc.observation.step_meter import StepMeter
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.recorder import Recorder, replay_output
-from scheduler_svc.refusals import cancelled, leaving, overloaded
+from scheduler_svc.refusals import cancelled, leaving, overloaded, too_large
 from scheduler_svc.text_stream import TextStream
 
 log = structlog.get_logger()
@@ -52,14 +51,6 @@ class Link(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Arrival:
-    """A request at the door."""
-
-    is_cancelled: bool = False
-    is_over: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class Engine:
     """Owns the core and lives on one event loop, so that nothing here needs a lock."""
 
@@ -81,7 +72,7 @@ class Engine:
         self._streams: dict[Request, OutputStream] = {}  # of every choice whose end was not told
         self._links: dict[str, Link] = {}
         self._loop = asyncio.get_running_loop()
-        self._arriving: dict[str, Arrival] = {}  # ids at the door
+        self.arrivals = Arrivals(self.meter)
         self._waiting_for_owners: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None  # for the next moment of the core's, or earlier
         self.is_fenced = asyncio.Event()  # another scheduler has taken over
@@ -92,42 +83,29 @@ class Engine:
 
     async def known(self, request_id: str, content_hash: bytes) -> Answer | None:
         """The answer to this very request, if it was let in before. Raises `RefusedError` where the id is another's."""
-        while (arrival := self._arriving.get(request_id)) is not None:
-            await arrival.is_over.wait()
-            if arrival.is_cancelled:
-                raise cancelled(request_id)
+        await self.arrivals.settled(request_id)
         return self.answers.find(request_id, content_hash)
 
-    @contextmanager
-    def arriving(self, request_id: str) -> Iterator[None]:
-        """Hold an id that is not `known` while its request is at the door, so that it can be cancelled there."""
-        arrival = self._arriving[request_id] = Arrival()
-        try:
-            yield
-        finally:
-            del self._arriving[request_id]
-            arrival.is_over.set()
-
-    def check_arriving(self, request_id: str) -> None:
+    def check_arriving(self, arrival: Arrival) -> None:
         """Refuse a request that was cancelled at the door, or that came while the service leaves."""
-        if self._arriving[request_id].is_cancelled:
-            raise cancelled(request_id)
+        if arrival.is_cancelled:
+            raise cancelled(arrival.request_id)
         if self.draining:
             raise leaving()
 
-    def submit(self, request: Request, texts: Sequence[TextStream], terms: Terms) -> Answer:
-        """Accept a request that is `arriving`, or refuse it at once; `texts` are those of its choices.
+    def submit(self, request: Request, texts: Sequence[TextStream], terms: Terms, arrival: Arrival) -> Answer:
+        """Accept a request that is at the door, or refuse it at once; `texts` are those of its choices.
 
         It is not told to be accepted before it is `durable`.
         """
-        if self._arriving[request.request_id].is_cancelled:
-            raise cancelled(request.request_id)
+        self.check_arriving(arrival)
         self.check_room(len(request.token_ids))
         try:
             self.scheduler.add(request)
         except NeverFitsError as error:
-            raise invalid(str(error)) from error
-        answer = Answer(request, texts, terms, time.monotonic())
+            raise too_large(str(error)) from error
+        answer = Answer(request, texts, terms, time.monotonic(), arrival.received_at)
+        answer.held_for = arrival.held_for
         self.observer.on_accepted(answer)
         if not self.has_executor:
             self.meter.tell_at_once()
@@ -142,6 +120,11 @@ class Engine:
     def has_executor(self) -> bool:
         """Whether anybody is attached who takes requests."""
         return any(not link.draining for link in self._links.values())
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that wait for an executor: those at the door for the first one too."""
+        return self.scheduler.waiting_count + self.arrivals.held_count(Hold.EXECUTOR)
 
     def oldest_waiting_at(self) -> float | None:
         """When the one that waits longest of those who wait was accepted; None: nobody waits."""
@@ -202,35 +185,35 @@ class Engine:
         """Refuse a request of `token_count` tokens when the service is leaving or the queue is full."""
         if self.draining:
             raise leaving()
-        waiting, limit = self.scheduler.waiting_count + self.meter.at_door_count, self._config.max_waiting_requests
+        waiting, limit = self.waiting_count, self._config.max_waiting_requests
         if waiting >= limit:
             raise overloaded(f"{waiting} requests are waiting, the limit is {limit}")
         tokens, limit = self.scheduler.waiting_token_count, self._config.max_waiting_tokens
         if waiting and tokens + token_count > limit:
             raise overloaded(f"{tokens} tokens are waiting and this request has {token_count}, the limit is {limit}")
 
-    async def wait_for_room(self, request_id: str, token_count: int) -> None:
-        """Wait until the queue has room for this in its first half: a batch leaves the rest to everybody else. Or until
-        the request, which is `arriving`, is cancelled.
-        """
-        arrival = self._arriving[request_id]
+    def _is_half_full(self, token_count: int) -> bool:
         scheduler, config = self.scheduler, self._config
-        while (
-            scheduler.waiting_count
-            and (
-                scheduler.waiting_count >= config.max_waiting_requests // 2
-                or scheduler.waiting_token_count + token_count > config.max_waiting_tokens // 2
-            )
-            and not self.draining
-            and not arrival.is_cancelled
-        ):
-            self._room.clear()
-            await self._room.wait()
+        return scheduler.waiting_count > 0 and (
+            scheduler.waiting_count >= config.max_waiting_requests // 2
+            or scheduler.waiting_token_count + token_count > config.max_waiting_tokens // 2
+        )
+
+    async def wait_for_room(self, arrival: Arrival, token_count: int) -> None:
+        """Wait until the queue has room for this in its first half: a batch leaves the rest to everybody else. Raises
+        `RefusedError` when the request is cancelled meanwhile.
+        """
+        if not self._is_half_full(token_count):
+            return
+        with self.arrivals.held(arrival, Hold.ROOM):
+            while self._is_half_full(token_count):
+                self.check_arriving(arrival)
+                self._room.clear()
+                await self._room.wait()
 
     def cancel_id(self, request_id: str) -> None:
         """End the request of that id, if there is one."""
-        if request_id in self._arriving:
-            self._arriving[request_id].is_cancelled = True
+        if self.arrivals.cancel(request_id):
             self._room.set()
         elif (request := self.scheduler.get(request_id)) is not None:
             self.cancel(request)

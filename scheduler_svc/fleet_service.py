@@ -60,7 +60,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         members = sorted(self._fleet.members.values(), key=lambda member: member.joined.executor_id)
         return fleet_pb2.ListExecutorsResponse(
             executors=[describe(member, self._engine) for member in members],
-            waiting_request_count=self._engine.scheduler.waiting_count + self._engine.meter.at_door_count,
+            waiting_request_count=self._engine.waiting_count,
             epoch=self._fleet.epoch,
             durability=DURABILITIES[self._journal.durability],
             journal_bytes=self._journal.byte_count,

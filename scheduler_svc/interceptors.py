@@ -60,20 +60,31 @@ class TellErrors(grpc.aio.ServerInterceptor):
     - Anything else is a mistake of ours: `INTERNAL`, with the reason in the log and not in the answer.
     """
 
+    def __init__(self, on_unreadable: Callable[[str, RefusedError], None] = lambda _method, _error: None) -> None:
+        """Call `on_unreadable` with the method's full name for each message that its handler never sees."""
+        self._on_unreadable = on_unreadable
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wrap the methods that are ours; health and reflection know what to say."""
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_OURS):
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
             return handler
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         wrap = _streams if handler.response_streaming and not handler.request_streaming else _answers
         return handler._replace(
-            request_deserializer=_lenient(handler.request_deserializer), **{kind: wrap(getattr(handler, kind))}
+            request_deserializer=_lenient(handler.request_deserializer),
+            **{kind: wrap(getattr(handler, kind), functools.partial(self._readable, method))},
         )
+
+    def _readable(self, method: str, request: Any) -> Any:
+        if isinstance(request, Malformed):
+            self._on_unreadable(method, request.error)
+            raise request.error
+        return request
 
 
 _KINDS = {
@@ -84,33 +95,31 @@ _KINDS = {
 }
 
 
-def _answers(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _answers(
+    behaviour: Callable[[Any, Any], Awaitable[Any]], readable: Callable[[Any], Any]
+) -> Callable[[Any, Any], Awaitable[Any]]:
     """A handler that returns its answer, or writes to the context."""
 
     @functools.wraps(behaviour)
     async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
         async with _Told(context):
-            return await behaviour(_readable(request), context)
+            return await behaviour(readable(request), context)
 
     return answer
 
 
-def _streams(behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def _streams(
+    behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]], readable: Callable[[Any], Any]
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
     """A handler that yields its answers."""
 
     @functools.wraps(behaviour)
     async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        async with _Told(context), contextlib.aclosing(behaviour(_readable(request), context)) as messages:
+        async with _Told(context), contextlib.aclosing(behaviour(readable(request), context)) as messages:
             async for message in messages:
                 yield message
 
     return stream
-
-
-def _readable(request: Any) -> Any:
-    if isinstance(request, Malformed):
-        raise request.error
-    return request
 
 
 class _Told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from paceline.v1 import fleet_pb2
+from scheduler_svc.arrivals import Hold
 from scheduler_svc.core import load
 from scheduler_svc.core.executor import Executor
 from scheduler_svc.engine import Engine
@@ -18,13 +19,13 @@ def load_of(model: str, fleet: Fleet, engine: Engine, watcher: LoadWatcher) -> f
     executors = list(scheduler.executors.values())
     taking = [executor for executor in executors if not executor.draining]
     backlog = load.backlog(scheduler)
-    oldest_at = meter.oldest_at_door or engine.oldest_waiting_at()
+    oldest_at = engine.arrivals.held_since(Hold.EXECUTOR) or engine.oldest_waiting_at()
     prompt_count, output_count = meter.mean_lengths
     members = sorted(fleet.members.values(), key=lambda member: member.joined.executor_id)
     return fleet_pb2.WatchLoadResponse(
         model=model,
         epoch=fleet.epoch,
-        waiting_request_count=scheduler.waiting_count + meter.at_door_count,
+        waiting_request_count=engine.waiting_count,
         waiting_token_count=scheduler.waiting_token_count,
         oldest_waiting_ms=0 if oldest_at is None else max(0, round(1000 * (now - oldest_at))),
         running_request_count=sum(len(executor.running) for executor in executors),

@@ -12,23 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import grpc
-
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Limits between which times are counted: from a fast step to a queue that nobody waits out."""
 
 BUCKETS_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 """Limits between which counts of tokens are counted."""
-
-_REFUSALS = {
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "queue_full",
-    grpc.StatusCode.INVALID_ARGUMENT: "invalid",
-    grpc.StatusCode.NOT_FOUND: "invalid",
-    grpc.StatusCode.ALREADY_EXISTS: "invalid",
-    grpc.StatusCode.DATA_LOSS: "invalid",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "hopeless",
-    grpc.StatusCode.UNAVAILABLE: "leaving",
-}
 
 _WINDOW_S = 60.0
 _KEPT = 4096
@@ -134,24 +122,22 @@ class LoadMeter:
         self.ended_prompt_token_count = 0
         self.recomputed_token_count = 0
         self.preemption_count = 0
-        self.first_token = LatencyMeter()
+        self.door = LatencyMeter()  # held there before it was accepted, or given up; who was not held is not in it
+        self.first_token = LatencyMeter()  # from the receipt, like everything that users wait for
         self.per_token = LatencyMeter()
         self.queue = LatencyMeter()  # from acceptance to the first placement
         self.prefill = LatencyMeter()  # from a placement to the next token
         self.decode = LatencyMeter()  # from the first token to the end
         self.between_tokens = LatencyMeter()  # from one token of a request to its next
-        self.whole = LatencyMeter()  # from acceptance to the end
+        self.whole = LatencyMeter()  # from the receipt to the end
         self.plan = WorkMeter()  # plans made
         self.apply = WorkMeter()  # results taken in
         self.prompt_sizes = SizeMeter()
         self.output_sizes = SizeMeter()
-        self.refused_counts: Counter[str] = Counter()  # by reason
+        self.refused_counts: Counter[str] = Counter()  # by one of `refusals.REASONS`
         self.outcome_counts: Counter[str] = Counter()  # why requests ended
         self.move_counts: Counter[str] = Counter()  # placements that had to end before their requests, by cause
         self.recovery_counts: Counter[str] = Counter()  # what became of executors that went: `resumed`, `replanned`
-        self._at_door: dict[
-            object, float
-        ] = {}  # who waits for the first executor to say what the model takes; since when
         self._prompt_tokens = self._output_tokens = self._weight = 0.0
         self._watchers: set[LoadWatcher] = set()
 
@@ -170,9 +156,9 @@ class LoadMeter:
         """Requests that found the queue full."""
         return self.refused_counts["queue_full"]
 
-    def note_refused(self, code: grpc.StatusCode) -> None:
+    def note_refused(self, reason: str) -> None:
         """A request was not let in."""
-        self.refused_counts[_REFUSALS.get(code, "other")] += 1
+        self.refused_counts[reason] += 1
 
     def note_first_token(self, now: float, seconds: float, trace_id: str = "") -> None:
         """A request has waited so long for its first token."""
@@ -232,24 +218,3 @@ class LoadMeter:
         """Somebody has come whom no executor is there for."""
         for watcher in self._watchers:
             watcher.is_urgent.set()
-
-    @contextmanager
-    def at_door(self, now: float) -> Iterator[None]:
-        """A request waits for the first executor."""
-        somebody = object()
-        self._at_door[somebody] = now
-        self.tell_at_once()
-        try:
-            yield
-        finally:
-            del self._at_door[somebody]
-
-    @property
-    def at_door_count(self) -> int:
-        """How many wait there."""
-        return len(self._at_door)
-
-    @property
-    def oldest_at_door(self) -> float | None:
-        """Since when the first of them does."""
-        return next(iter(list(self._at_door.values())), None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from common.errors import RefusedError
 from common.grpc_servers import Server
 from common.http_pages import HttpPages
 from common.processes import run_loop, stop_event
@@ -39,6 +40,7 @@ from scheduler_svc.observation.service import ObservationService
 from scheduler_svc.observation.tracing import Tracing
 from scheduler_svc.observation.vllm_metrics import VllmMetrics
 from scheduler_svc.recorder import Recorder, answer_of, owner_of
+from scheduler_svc.refusals import reason_of
 from scheduler_svc.scaling_lease import LEASE_S, ScalingLease
 from scheduler_svc.service import InferenceService
 from scheduler_svc.tokenizer import Tokenizer
@@ -122,7 +124,7 @@ class SchedulerApp:
         self.fleet = Fleet(config, model_name, fingerprint, owner, self.engine, self.journal)
         self._config = config
         self._tokenizer = tokenizer
-        self._server = Server(interceptors=[ReadContext(), TellErrors()])
+        self._server = Server(interceptors=[ReadContext(), TellErrors(self._note_unreadable)])
         self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
         scaling = self._scaling = ScalingLease(time.monotonic() + LEASE_S if self.journal.restored.epoch else -math.inf)
@@ -137,6 +139,10 @@ class SchedulerApp:
         self.journal.outputs = lambda: recorder.outputs(self.engine.answers)
         self.journal.shed = self.engine.answers.forget_oldest
         self.journal.on_change = self._tell_health
+
+    def _note_unreadable(self, method: str, error: RefusedError) -> None:
+        if method.endswith("/Generate"):  # of a batch, its own handler reads the messages
+            self.engine.meter.note_refused(reason_of(error))
 
     def metrics(self) -> SchedulerMetrics:
         """What Prometheus is told."""

@@ -154,6 +154,9 @@ def accepted_record(answer: Answer, fingerprint: str) -> records.Accepted:
             "cache_salt": request.cache_salt,
             "detach_timeout_s": terms.detach_timeout_s,
             "trace": _trace_record(trace) if trace else None,
+            "operation": terms.operation,
+            "method": terms.method,
+            "door_s": answer.accepted_at - answer.received_at,
         },
         keys=tuple(choice.key for choice in request.family),
     )
@@ -198,7 +201,8 @@ def request_of(restored: RestoredRequest, accepted_at: float = 0.0) -> tuple[Req
             choice.state = RequestState.FINISHED
             choice.finish_reason = FinishReason(kept.finish_reason)
             choice.error = kept.error or ""
-    terms = Terms(restored.content_hash, tuple(known["stop"]), known["detach_timeout_s"], is_named=True)
+    told = {name: known[name] for name in ("operation", "method") if name in known}  # not by the release before
+    terms = Terms(restored.content_hash, tuple(known["stop"]), known["detach_timeout_s"], is_named=True, **told)
     return request, terms
 
 
@@ -211,7 +215,7 @@ def answer_of(restored: RestoredRequest, tokenizer: Tokenizer) -> Answer:
     accepted_at = restored.accepted_at - (time.time() - time.monotonic())
     request, terms = request_of(restored, accepted_at)
     texts = [TextStream(tokenizer, terms.stops) for _ in request.family]
-    answer = Answer(request, texts, terms, accepted_at)
+    answer = Answer(request, texts, terms, accepted_at, accepted_at - restored.parameters.get("door_s", 0.0))
     answer.number = restored.number
     if restored.ended_at is not None:
         answer.known_end = restored.ended_at - (time.time() - time.monotonic())

@@ -1,8 +1,49 @@
-"""What a request is refused with, wherever in the scheduler that is noticed."""
+"""What a request is refused with, wherever in the scheduler that is noticed, and how refusals are counted."""
 
 import grpc
 
 from common.errors import RefusedError
+
+REASONS = (
+    "invalid",  # it makes no sense, or not here
+    "too_large",  # more tokens or bytes than the model, the cache or the settings take
+    "id_taken",  # another request has its id
+    "queue_full",
+    "no_executor",  # none has joined yet, and nobody is there who would start one
+    "leaving",  # the scheduler stops
+    "deadline",  # passed at the door, or too early for the next executor
+    "cancelled",  # at the door: by id, or by a caller who has hung up
+    "lost",  # what it wants to go on with is not known any more
+    "other",
+)
+"""Every reason there is: a label of a metric."""
+
+_BY_CODE = {
+    grpc.StatusCode.INVALID_ARGUMENT: "invalid",
+    grpc.StatusCode.NOT_FOUND: "invalid",
+    grpc.StatusCode.ALREADY_EXISTS: "id_taken",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "queue_full",
+    grpc.StatusCode.UNAVAILABLE: "leaving",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
+    grpc.StatusCode.CANCELLED: "cancelled",
+    grpc.StatusCode.DATA_LOSS: "lost",
+}
+
+
+def reason_of(error: RefusedError) -> str:
+    """Which of `REASONS` an error is counted under."""
+    return error.reason or _BY_CODE.get(error.code, "other")
+
+
+def too_large(message: str) -> RefusedError:
+    """It would make sense if it were smaller."""
+    return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message, reason="too_large")
+
+
+def no_executor() -> RefusedError:
+    """Nobody knows yet what the model takes."""
+    message = "no executor has joined yet; retry with backoff until one is ready"
+    return RefusedError(grpc.StatusCode.UNAVAILABLE, message, reason="no_executor")
 
 
 def cancelled(request_id: str) -> RefusedError:

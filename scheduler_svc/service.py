@@ -16,12 +16,14 @@ from common.errors import RefusedError, invalid
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import inference_pb2_grpc
 from scheduler_svc.answers import Answer, Piece, Reader, data_loss
+from scheduler_svc.arrivals import Arrival, Hold
 from scheduler_svc.core.request import FinishReason
 from scheduler_svc.door import Door, content_hash, positions_of, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.interceptors import Malformed, traceparent
 from scheduler_svc.output_stream import OutputStream
+from scheduler_svc.refusals import reason_of
 from scheduler_svc.scaling_lease import ScalingLease
 
 log = structlog.get_logger()
@@ -30,6 +32,8 @@ _BATCH_REQUESTS = 1024
 """Requests of one batch that may run, or be answered and not written, at once: what an unread batch can hold."""
 
 _LOOK_EVERY_S = 0.1  # whether an autoscaler is still there, and somebody still wants the answer
+
+_EARLY_S = 0.1  # how long before its deadline a call may end because of it: the clocks of two machines differ
 
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -112,13 +116,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Let a request in, or read one that is in already. Raises `RefusedError`; with `wait`, a full queue is waited
         for instead.
         """
+        received_at = time.monotonic()
         try:
-            return await self._accept(message, context, wait=wait)
+            return await self._accept(message, context, received_at, wait=wait)
         except RefusedError as error:
-            self._engine.meter.note_refused(error.code)
+            self.refused(error)
             raise
 
-    async def _accept(self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, *, wait: bool) -> Reader:
+    def refused(self, error: RefusedError) -> RefusedError:
+        """Count a request that is not let in."""
+        self._engine.meter.note_refused(reason_of(error))
+        return error
+
+    async def _accept(
+        self,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        received_at: float,
+        *,
+        wait: bool,
+    ) -> Reader:
         request_id = request_id_of(message)
         positions = positions_of(message)
         engine = self._engine
@@ -126,7 +143,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if answer is None and positions:
             raise data_loss(request_id, _UNKNOWN)
         if answer is None:
-            answer = await self._let_in(message, request_id, context, wait=wait)
+            with engine.arrivals.arriving(request_id, received_at) as arrival:
+                answer = await self._let_in(message, arrival, context, wait=wait)
         reader = engine.answers.read(answer, positions)
         try:
             await engine.durable()
@@ -136,23 +154,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return reader
 
     async def _let_in(
-        self, message: pb.GenerateRequest, request_id: str, context: grpc.aio.ServicerContext, *, wait: bool
+        self, message: pb.GenerateRequest, arrival: Arrival, context: grpc.aio.ServicerContext, *, wait: bool
     ) -> Answer:
         if not wait:
             self._engine.check_room(0)  # before the work of tokenizing
         remaining_s = context.time_remaining()
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
-        with self._engine.arriving(request_id):
-            self._refuse_hopeless(request_id, deadline)
-            if self._fleet.limits is None:
-                await self._wait_for_first_executor(request_id)
+        self._refuse_hopeless(arrival.request_id, deadline)
+        try:
+            if self._fleet.limits is None and self._scaling.is_expected(time.monotonic()):
+                await self._wait_for_first_executor(arrival)
             trace = self._engine.observer.tracing.accept(traceparent())
+            method = "GenerateBatch" if wait else "Generate"
             request, texts, terms = await self._door.request(
-                message, request_id, self._fleet.limits, deadline, trace, "GenerateBatch" if wait else "Generate"
+                message, arrival.request_id, self._fleet.limits, deadline, trace, method
             )
             if wait:
-                await self._engine.wait_for_room(request_id, len(request.token_ids))
-            return self._engine.submit(request, texts, terms)
+                await self._engine.wait_for_room(arrival, len(request.token_ids))
+        except asyncio.CancelledError:  # its caller is gone, or waits no longer
+            is_too_late = time.monotonic() > deadline - _EARLY_S
+            self._engine.meter.note_refused("deadline" if is_too_late else "cancelled")
+            raise
+        return self._engine.submit(request, texts, terms, arrival)
 
     def _refuse_hopeless(self, request_id: str, deadline: float) -> None:
         """Tell at once who cannot be served in time: the next executor is still to be started."""
@@ -165,15 +188,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 f"next one takes requests in {wait_s:.1f} s at the earliest; allow more time",
             )
 
-    async def _wait_for_first_executor(self, request_id: str) -> None:
+    async def _wait_for_first_executor(self, arrival: Arrival) -> None:
         """Hold a request that came before the first executor, as long as an autoscaler is there that will start one:
         only executors know how many tokens the model takes. Raises `RefusedError` when it was cancelled meanwhile.
         """
-        with self._engine.meter.at_door(time.monotonic()):
+        with self._engine.arrivals.held(arrival, Hold.EXECUTOR):
             while not self._fleet.limits_known.is_set() and self._scaling.is_expected(time.monotonic()):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._fleet.limits_known.wait(), _LOOK_EVERY_S)
-                self._engine.check_arriving(request_id)
+                self._engine.check_arriving(arrival)
 
     async def whole(self, reader: Reader) -> pb.GenerateOutput:
         """Read an answer to its end. Raises `RefusedError` when it ends badly."""
@@ -238,9 +261,9 @@ class _Batch:
         try:
             while await self._unwritten.acquire() and (message := await self._context.read()) is not grpc.aio.EOF:
                 if isinstance(message, Malformed):
-                    raise message.error
+                    raise self._service.refused(message.error)
                 if message.index in self._seen:
-                    raise invalid(f"index {message.index} was used twice in this batch")
+                    raise self._service.refused(invalid(f"index {message.index} was used twice in this batch"))
                 self._seen.add(message.index)
                 try:
                     message.request.ClearField("resume_from")  # outputs come whole

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SORTS = ("stage", "slowest", "latest")
 STAGES = (Ink("queue", "yellow", "·"), Ink("prefill", "magenta", "▒"), Ink("decode", "blue", "━"))
+_AT_DOOR = Ink("door", "cyan", "-")
 OUTCOMES = {
     "stop": "green",
     "length": "green",
@@ -25,7 +26,8 @@ OUTCOMES = {
 }
 _STAGE_NAMES = ("", "queue", "prefill", "decode", "ended")
 _STAGE_COLOURS = ("", "yellow", "magenta", "blue", "")
-_ENDED, _QUEUE = 4, 1
+_ENDED, _QUEUE, _DOOR = 4, 1, 5
+_INKS = {**dict(enumerate(STAGES, start=_QUEUE)), _DOOR: _AT_DOOR}  # by stage
 _COLUMNS = (
     Column("request", 0),
     Column("tenant", 8, most=14),
@@ -46,7 +48,8 @@ def request_lines(
     load = overview.load
     numbers = f" {load.running_request_count:,} running · {load.waiting_request_count:,} waiting · the last that ended"
     title = Text.assemble(("requests", "bold"), (numbers, "dim"))
-    title = spread(title, legend(STAGES, mono), width)
+    has_door = any(phase.stage == _DOOR for one in overview.requests for phase in one.phases)
+    title = spread(title, legend((_AT_DOOR, *STAGES) if has_door else STAGES, mono), width)
     if not overview.requests:
         return [title, Text('none yet: `paceline generate "Once upon a time"` makes one', style="dim")]
     room = len(overview.requests) if height is None else max(0, height - 2)
@@ -67,7 +70,7 @@ def chosen(requests: Sequence[pb.RequestOverview], room: int, sort: str) -> list
     if sort == "slowest":
         return sorted(requests, key=length_ms, reverse=True)[:room]
     if sort == "latest":
-        return sorted(requests, key=lambda one: one.accepted_unix_ms, reverse=True)[:room]
+        return sorted(requests, key=lambda one: one.received_unix_ms, reverse=True)[:room]
     kinds: tuple[list[pb.RequestOverview], ...] = ([], [], [])
     for one in requests:
         kinds[2 if one.stage == _ENDED else 1 if one.stage == _QUEUE else 0].append(one)
@@ -86,7 +89,7 @@ def length_ms(one: pb.RequestOverview) -> float:
 
 def _cells(one: pb.RequestOverview, at_unix_ms: int, id_width: int) -> tuple[Text, ...]:
     has_ended = one.stage == _ENDED
-    length_ms = one.total_ms if has_ended else max(0.0, at_unix_ms - one.accepted_unix_ms)
+    length_ms = one.total_ms if has_ended else max(0.0, at_unix_ms - one.received_unix_ms)
     if has_ended:
         stage = Text(one.outcome or "ended", style=OUTCOMES.get(one.outcome, ""))
     else:
@@ -119,8 +122,6 @@ def _executor_of(one: pb.RequestOverview) -> str:
 
 
 def _bar(one: pb.RequestOverview, width: int, mono: bool) -> Text:
-    """Its time from its acceptance to its end or until now, in order."""
-    parts = [
-        (STAGES[phase.stage - 1], phase.end_ms - phase.begin_ms) for phase in one.phases if 0 < phase.stage < _ENDED
-    ]
+    """Its time from its receipt to its end or until now, in order."""
+    parts = [(_INKS[phase.stage], phase.end_ms - phase.begin_ms) for phase in one.phases if phase.stage in _INKS]
     return stacked_bar(parts, width, mono, block="━")

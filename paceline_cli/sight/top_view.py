@@ -150,9 +150,11 @@ def _figures(overview: pb.GetOverviewResponse, look: Look, is_roomy: bool) -> li
 def _figures_of(overview: pb.GetOverviewResponse) -> list[_Figure]:
     load = overview.load
     p50, p95 = load.first_token.p50_us / 1000, load.first_token.p95_us / 1000
-    held = load.held_block_count / load.block_count if load.block_count else 0.0
+    held_share = load.held_block_count / load.block_count if load.block_count else 0.0
     has_waiting = load.waiting_request_count > 0
     oldest = duration(load.oldest_waiting_ms / 1000)
+    held = overview.at_door_request_count
+    at_door = f", {held:,} at the door for {duration(overview.oldest_at_door_ms / 1000)}" if held else ""
     rate = overview.history[-1].tokens_per_s if overview.history else 0.0
     backlog = f"backlog {duration(load.backlog_ms / 1000)}" if load.backlog_ms else "no backlog"
     refused = f", {load.refused_request_count:,} refused" if load.refused_request_count else ""
@@ -164,8 +166,8 @@ def _figures_of(overview: pb.GetOverviewResponse) -> list[_Figure]:
         _Figure(
             "waiting",
             Text(amount(load.waiting_request_count), style="bold yellow" if has_waiting else "bold"),
-            Text(f" ({oldest})" if has_waiting else "", style="yellow"),
-            f"oldest {oldest}" if has_waiting else f"nobody{refused}",
+            Text(f" ({oldest}{at_door})" if has_waiting else at_door, style="yellow"),
+            (f"oldest {oldest}" if has_waiting else f"nobody{refused}") + at_door,
         ),
         _Figure("tokens/s", _bold(rate), Text(), backlog + (refused if has_waiting else "")),
         _Figure(
@@ -176,7 +178,7 @@ def _figures_of(overview: pb.GetOverviewResponse) -> list[_Figure]:
         ),
         _Figure(
             "held",
-            Text(percent(held), style="bold"),
+            Text(percent(held_share), style="bold"),
             Text(),
             f"{load.held_block_count:,} of {load.block_count:,} blocks",
         ),

@@ -15,6 +15,7 @@ from paceline_cli.sight.spans import Event, Span, folded
 from paceline_cli.sight.words import NOTHING, count, duration, plain, shorten
 
 _COLOURS = {
+    "door": "cyan",
     "queue": "yellow",
     "prefill": "magenta",
     "decode": "blue",

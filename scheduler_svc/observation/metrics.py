@@ -13,12 +13,14 @@ from prometheus_client.samples import Exemplar as PrometheusExemplar
 
 from common.processes import RELEASE
 from paceline.v1 import fleet_pb2
+from scheduler_svc.arrivals import Hold
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.journal.journal import Durability, Journal
 from scheduler_svc.load import load_of
 from scheduler_svc.load_meter import LatencyMeter, LoadMeter, LoadWatcher, SizeMeter
 from scheduler_svc.observation.step_meter import StepMeter
+from scheduler_svc.refusals import REASONS
 
 if TYPE_CHECKING:
     from common.span_exporter import OtlpSink
@@ -29,7 +31,6 @@ _STATES = {
     fleet_pb2.EXECUTOR_STATE_DRAINING: "draining",
 }
 OUTCOMES = ("stop", "length", "cancelled", "deadline", "error", "cut off")
-_REFUSALS = ("queue_full", "invalid", "hopeless", "leaving", "other")
 _MOVES = ("lost", "drained", "out of memory")
 _RECOVERIES = ("resumed", "replanned")
 
@@ -91,6 +92,8 @@ class SchedulerMetrics(Collector):
         yield from self._journal_metrics()
         unfinished = float(self._engine.scheduler.request_count)
         yield GaugeMetricFamily("paceline_requests_unfinished", "Requests that have not ended.", unfinished)
+        held = float(self._engine.arrivals.held_count(*Hold))
+        yield GaugeMetricFamily("paceline_requests_at_door", "Requests held before they are accepted.", held)
         for figure in _GAUGES:
             yield GaugeMetricFamily(figure.name, figure.text, figure.scale * getattr(load, figure.field))
         yield from self._blocks()
@@ -174,7 +177,7 @@ def _counts(meter: LoadMeter) -> Iterator[Metric]:
         family = CounterMetricFamily(name, text, labels=[label])
         return _labelled(family, {(value.replace(" ", "_"),): values.get(value, 0) for value in known})
 
-    yield counter("paceline_requests_refused", "Requests not let in.", "reason", meter.refused_counts, _REFUSALS)
+    yield counter("paceline_requests_refused", "Requests not let in.", "reason", meter.refused_counts, REASONS)
     yield counter("paceline_requests_ended", "Requests that ended.", "outcome", meter.outcome_counts, OUTCOMES)
     yield counter(
         "paceline_moves", "Requests that had to leave an executor and go on.", "cause", meter.move_counts, _MOVES
@@ -201,11 +204,12 @@ def _counts(meter: LoadMeter) -> Iterator[Metric]:
 
 def _times(meter: LoadMeter) -> Iterator[Metric]:
     yield histogram("paceline_queue_seconds", "From acceptance to the first placement.", meter.queue)
+    yield histogram("paceline_door_seconds", "Held before acceptance; only of those who were.", meter.door)
     yield histogram("paceline_prefill_seconds", "From a placement to the next token.", meter.prefill)
-    yield histogram("paceline_first_token_seconds", "From acceptance to the first token.", meter.first_token)
+    yield histogram("paceline_first_token_seconds", "From receipt to the first token.", meter.first_token)
     yield histogram("paceline_per_token_seconds", "Mean of the tokens after the first.", meter.per_token)
     yield histogram("paceline_between_tokens_seconds", "From a token to the next of its request.", meter.between_tokens)
-    yield histogram("paceline_request_seconds", "From acceptance to the end.", meter.whole)
+    yield histogram("paceline_request_seconds", "From receipt to the end.", meter.whole)
     yield histogram("paceline_request_prompt_tokens", "Tokens of a prompt.", meter.prompt_sizes)
     yield histogram("paceline_request_output_tokens", "Tokens of an output.", meter.output_sizes)
 

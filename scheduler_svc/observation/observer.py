@@ -129,6 +129,7 @@ class Observer:
         timeline = self._live[request.request_id] = Timeline(
             request_id=request.request_id,
             trace=trace,
+            received_at=answer.received_at,
             accepted_at=answer.accepted_at,
             facts=facts_of(answer, self._model),
             choice_count=len(answer.streams),
@@ -136,10 +137,11 @@ class Observer:
             max_output_count=request.max_output_count,
             answer=answer,
             wall_ns=self._wall_ns,
-            is_restored=is_restored,
+            held_for=answer.held_for,
         )
         if is_restored:
-            timeline.note(self._clock(), "taken over after a restart of the scheduler")
+            timeline.restored_at = self._clock()
+            timeline.note(timeline.restored_at, "restored")
             return
         for stream in answer.streams:
             stream.on_first_token = lambda now: self._note_first_token(timeline, now)
@@ -149,7 +151,7 @@ class Observer:
         answer = timeline.answer
         if answer is not None and not answer.output_token_count:  # none of the other choices was faster
             timeline.note(now, "first token")
-            self.meter.note_first_token(now, now - timeline.accepted_at, self._exemplar(timeline))
+            self.meter.note_first_token(now, now - timeline.received_at, self._exemplar(timeline))
 
     @_harmless
     def on_finished(self, requests: Iterable[Request], now: float) -> None:
@@ -189,7 +191,7 @@ class Observer:
             output_counts=summary.output_counts,
             reused_count=summary.reused_count,
             decoding_s=now - first_token_at if first_token_at is not None else 0.0,
-            total_s=now - timeline.accepted_at,
+            total_s=now - timeline.received_at,
             outcome=summary.outcome,
             trace_id=self._exemplar(timeline),
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from common.processes import RELEASE
 from paceline.v1 import fleet_pb2, observation_pb2
+from scheduler_svc.arrivals import Hold
 from scheduler_svc.core.executor import Executor
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet, Member, describe
@@ -34,6 +35,7 @@ _RATE_OVER_S = 5.0
 
 _QUEUE, _PREFILL = observation_pb2.REQUEST_STAGE_QUEUE, observation_pb2.REQUEST_STAGE_PREFILL
 _DECODE, _ENDED = observation_pb2.REQUEST_STAGE_DECODE, observation_pb2.REQUEST_STAGE_ENDED
+_DOOR = observation_pb2.REQUEST_STAGE_DOOR
 
 
 class Counters(NamedTuple):
@@ -155,11 +157,15 @@ class Overview:
 
     def _overview(self, now: float) -> observation_pb2.GetOverviewResponse:
         members = sorted(self._fleet.members.values(), key=lambda member: member.joined.executor_id)
+        arrivals = self._engine.arrivals
+        held_since = arrivals.held_since(*Hold)
         return observation_pb2.GetOverviewResponse(
             at_unix_ms=self._unix_ms(now),
             started_unix_ms=self._started_ms,
             release=RELEASE,
             load=load_of(self._model, self._fleet, self._engine, LoadWatcher()),
+            at_door_request_count=arrivals.held_count(*Hold),
+            oldest_at_door_ms=0 if held_since is None else max(0, round(1e3 * (now - held_since))),
             durability=DURABILITIES[self._journal.durability],
             journal_bytes=self._journal.byte_count,
             executors=[self._executor(member, now) for member in members],
@@ -207,7 +213,7 @@ class Overview:
         return list(islice(chain(running, waiting, observer.ended), MOST_REQUESTS))
 
     def _request(self, timeline: Timeline, now: float) -> observation_pb2.RequestOverview:
-        summary, begun = timeline.summarize(), timeline.accepted_at
+        summary, begun = timeline.summarize(), timeline.received_at
         phases = phases_of(timeline, now)
         has_ended = timeline.ended_at is not None
         is_known = summary.first_token_at is not None and not timeline.is_restored
@@ -225,7 +231,8 @@ class Overview:
             reused_token_count=summary.reused_count,
             output_token_count=summary.output_count,
             max_output_token_count=timeline.max_output_count,
-            accepted_unix_ms=self._unix_ms(begun),
+            received_unix_ms=self._unix_ms(begun),
+            accepted_unix_ms=self._unix_ms(timeline.accepted_at),
             first_token_ms=first_token_ms,
             total_ms=1e3 * (timeline.ended_at - begun) if timeline.ended_at is not None else 0.0,
             recomputation_count=summary.recomputation_count,
@@ -237,16 +244,21 @@ class Overview:
 
 
 def phases_of(timeline: Timeline, now: float) -> list[observation_pb2.Phase]:
-    """Where the time of a request, or of its first choice, went: without gaps, to its end or until now."""
+    """Where the time of a request, or of its first choice, went: without gaps, to its end or until now. What there was
+    of it before a restart of the scheduler is not known any more.
+    """
     phases: list[observation_pb2.Phase] = []
-    begun, end = timeline.accepted_at, timeline.ended_at or now
+    begun, end = timeline.received_at, timeline.ended_at or now
 
     def add(stage: observation_pb2.RequestStage.ValueType, since: float, until: float, executor_id: str = "") -> None:
         if until > since or not phases:
             begin_ms, end_ms = 1e3 * (since - begun), 1e3 * (until - begun)
             phases.append(observation_pb2.Phase(stage=stage, begin_ms=begin_ms, end_ms=end_ms, executor_id=executor_id))
 
-    free_at = begun
+    free_at = begun if timeline.restored_at is None else timeline.restored_at
+    if timeline.has_waited_at_door and not timeline.is_restored:
+        add(_DOOR, begun, timeline.accepted_at)
+        free_at = timeline.accepted_at
     for attempt in _of_first_choice(timeline):
         left_at = attempt.ended_at or end
         add(_QUEUE, free_at, attempt.began_at)

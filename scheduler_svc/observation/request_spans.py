@@ -1,7 +1,8 @@
 """From a timeline to the spans of its trace.
 
 ```
-chat MODEL                SERVER, the scheduler: from acceptance to the end; preemption, loss and moves are its events
+chat MODEL                SERVER, the scheduler: from receipt to the end; preemption, loss and moves are its events
+  door                    it was not accepted yet, where that took long enough to matter
   queue                   no executor computes the request
   prefill                 one for each chunk of known tokens, from its plan to its result
     wait, prepare, ...    what the executor did in that step, by its own measure
@@ -46,6 +47,9 @@ class RequestSpans:
         """The spans of a request; one that has not ended is shown as it is `now`."""
         root_id = timeline.trace.span_id
         spans = [self._root(timeline, now)]
+        if timeline.has_waited_at_door:
+            received_at, accepted_at = timeline.received_at, timeline.accepted_at
+            spans.append(self._child(timeline, root_id, "door", (), received_at, accepted_at, _of_door(timeline)))
         for choice in sorted({attempt.choice for attempt in timeline.attempts} | {0}):
             spans += self._of_choice(timeline, choice, root_id, now)
         return spans
@@ -60,7 +64,7 @@ class RequestSpans:
             span_id=trace.span_id,
             parent_id=trace.parent_id,
             origin=self._scheduler,
-            begin_ns=timeline.ns(timeline.accepted_at),
+            begin_ns=timeline.ns(timeline.received_at),
             end_ns=timeline.ns(timeline.ended_at or now),
             kind=SpanKind.SERVER,
             attributes={**timeline.facts, **_result(timeline, summary), **_content(timeline)},
@@ -72,7 +76,8 @@ class RequestSpans:
 
     def _of_choice(self, timeline: Timeline, choice: int, root_id: bytes, now: float) -> Iterator[Span]:
         # Since when nobody computes it: the other choices begin when the first has read the prompt.
-        free_at = timeline.accepted_at if not choice else timeline.first_decoding_at
+        is_first = not choice or timeline.is_restored  # after a restart each of them is on its own
+        free_at = timeline.queued_at if is_first else timeline.first_decoding_at
         for number, attempt in enumerate(timeline.attempts):  # a number of the core's may come again after a cut
             if attempt.choice != choice:
                 continue
@@ -174,14 +179,18 @@ def _result(timeline: Timeline, summary: Summary) -> Attributes:
         if summary.outcome in _ERRORS:
             attributes["error.type"] = _STATUSES[summary.outcome]
     if summary.first_token_at is not None and not timeline.is_restored:  # else it is not known any more
-        first_token_s = summary.first_token_at - timeline.accepted_at
+        first_token_s = summary.first_token_at - timeline.received_at
         attributes["gen_ai.response.time_to_first_chunk"] = first_token_s
         attributes["gen_ai.latency.time_to_first_token"] = first_token_s  # as vLLM calls it
     if timeline.attempts and not timeline.is_restored:
         attributes["gen_ai.latency.time_in_queue"] = timeline.attempts[0].began_at - timeline.accepted_at
     if timeline.ended_at is not None:
-        attributes["gen_ai.latency.e2e"] = timeline.ended_at - timeline.accepted_at
+        attributes["gen_ai.latency.e2e"] = timeline.ended_at - timeline.received_at
     return attributes
+
+
+def _of_door(timeline: Timeline) -> Attributes:
+    return {"paceline.door.held_for": timeline.held_for} if timeline.held_for else {}
 
 
 def _content(timeline: Timeline) -> Attributes:

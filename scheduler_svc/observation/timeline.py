@@ -15,6 +15,9 @@ MOST_MOMENTS = 64
 MOST_ATTEMPTS = 64
 """Attempts of one request that are kept: the first ones and the last ones."""
 
+DOOR_S = 0.05
+"""From so many seconds between its receipt and its acceptance on, a request has waited at the door, whatever for."""
+
 MOST_CHOICES = 8
 """Choices of one request whose attempts are kept."""
 
@@ -109,10 +112,11 @@ _BY_WEIGHT = ("error", "deadline", "cut off", "cancelled", "length", "stop")
 
 @dataclass(slots=True, eq=False)
 class Timeline:
-    """One request, from its acceptance here to its end. All times are on the clock of the event loop, in seconds."""
+    """One request, from its receipt here to its end. All times are on the clock of the event loop, in seconds."""
 
     request_id: str
     trace: TraceContext
+    received_at: float  # what users see of it begins here
     accepted_at: float
     facts: dict[str, str | int | float]  # what was asked for, under the names of spans' attributes
     choice_count: int
@@ -120,7 +124,8 @@ class Timeline:
     max_output_count: int
     answer: Answer | None  # until it has ended
     wall_ns: int  # nanoseconds since 1970 when that clock was at 0, by the clock of the world at the acceptance
-    is_restored: bool = False  # it began in an earlier life of the scheduler
+    held_for: tuple[str, ...] = ()  # what it was held at the door for
+    restored_at: float | None = None  # when it was taken up here; None: it began in this life of the scheduler
     attempts: list[Attempt] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     ended_at: float | None = None
@@ -141,6 +146,21 @@ class Timeline:
     def ns(self, at: float) -> int:
         """Nanoseconds since 1970."""
         return round(at * 1e9) + self.wall_ns
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether it began in an earlier life of the scheduler."""
+        return self.restored_at is not None
+
+    @property
+    def has_waited_at_door(self) -> bool:
+        """Whether there is a wait before its acceptance that is worth showing."""
+        return bool(self.held_for) or self.accepted_at - self.received_at >= DOOR_S
+
+    @property
+    def queued_at(self) -> float:
+        """Since when it waits in the queue of this scheduler: where it was before a restart is not known any more."""
+        return self.accepted_at if self.restored_at is None else self.restored_at
 
     @property
     def first_decoding_at(self) -> float | None:

@@ -127,6 +127,7 @@ def _request(chance: random.Random, at_unix_ms: int, age_ms: float, ended_before
         reused_token_count=prompt // 2 // 16 * 16 if prompt > 300 else 0,
         output_token_count=int((end - queue - prefill) / 26) + 1,
         max_output_token_count=chance.choice([2_048, 4_096]),
+        received_unix_ms=int(at_unix_ms - age_ms),
         accepted_unix_ms=int(at_unix_ms - age_ms),
         first_token_ms=queue + prefill,
         total_ms=end if ended_before else 0,
@@ -179,7 +180,7 @@ def _load(overview: observation.GetOverviewResponse) -> None:
     load = overview.load
     load.model, load.epoch = "Llama-3.1-8B-Instruct", 3
     load.running_request_count, load.waiting_request_count = 14, len(waiting)
-    load.oldest_waiting_ms = max(overview.at_unix_ms - request.accepted_unix_ms for request in waiting)
+    load.oldest_waiting_ms = max(overview.at_unix_ms - request.received_unix_ms for request in waiting)
     load.running_token_count, load.backlog_token_count, load.backlog_ms = 48_930, 11_200, 2_300
     load.block_count, load.held_block_count = blocks, blocks - free
     load.generated_token_count, load.refused_request_count = 3_811_402, 17
@@ -190,7 +191,7 @@ def _load(overview: observation.GetOverviewResponse) -> None:
 
 def sample_trace(request: observation.RequestOverview) -> bytes:
     """What `/api/trace/<id>` answers: OTLP/JSON with the spans of the request, its phases and some steps."""
-    begin = request.accepted_unix_ms * 1_000_000
+    begin = request.received_unix_ms * 1_000_000
     end_ms = request.phases[-1].end_ms
     names = {QUEUE: "queue", PREFILL: "prefill", DECODE: "decode"}
     root = _span(

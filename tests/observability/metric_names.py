@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from autoscaler_svc.decide import HeldBy
+from scheduler_svc.refusals import REASONS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,7 +21,8 @@ def _alike(names: str, labels: Labels | None = None) -> dict[str, Labels]:
 
 _SCHEDULER: dict[str, Labels] = {
     **_alike("""
-        paceline_requests_waiting paceline_requests_running paceline_requests_unfinished paceline_waiting_tokens
+        paceline_requests_at_door paceline_requests_waiting paceline_requests_running paceline_requests_unfinished
+        paceline_waiting_tokens
         paceline_running_tokens paceline_oldest_waiting_seconds paceline_backlog_tokens paceline_backlog_seconds
         paceline_blocks paceline_blocks_held paceline_blocks_cached paceline_blocks_free paceline_journal_bytes
         paceline_requests_arrived_total paceline_prompt_tokens_arrived_total paceline_tokens_generated_total
@@ -31,7 +33,7 @@ _SCHEDULER: dict[str, Labels] = {
     "paceline_build_info": {"release": ANY, "model": ANY},
     "paceline_executors": {"state": {"connecting", "ready", "draining"}},
     "paceline_durability": {"state": {"off", "on", "lost"}},
-    "paceline_requests_refused_total": {"reason": {"queue_full", "invalid", "hopeless", "leaving", "other"}},
+    "paceline_requests_refused_total": {"reason": set(REASONS)},
     "paceline_requests_ended_total": {
         "outcome": {"stop", "length", "cancelled", "deadline", "error", "cut_off"},
     },
@@ -53,7 +55,8 @@ _SCHEDULER: dict[str, Labels] = {
     "paceline_executor_wire_bytes_total": {"executor_id": ANY, "direction": {"sent", "received"}},
 }
 _SCHEDULER_HISTOGRAMS: dict[str, Labels] = _alike("""
-    paceline_queue_seconds paceline_first_token_seconds paceline_request_seconds paceline_prefill_seconds
+    paceline_door_seconds paceline_queue_seconds paceline_first_token_seconds paceline_request_seconds
+    paceline_prefill_seconds
     paceline_per_token_seconds paceline_between_tokens_seconds paceline_request_prompt_tokens
     paceline_request_output_tokens
     """)

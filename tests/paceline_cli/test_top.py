@@ -256,7 +256,7 @@ def test_requests_can_be_sorted_by_what_they_took():
 
     assert lengths == sorted(lengths, reverse=True)
     latest = chosen(list(sample_overview().requests), 10, "latest")
-    assert latest[0].accepted_unix_ms >= latest[-1].accepted_unix_ms
+    assert latest[0].received_unix_ms >= latest[-1].received_unix_ms
 
 
 def test_what_users_chose_reaches_the_terminal_as_text():

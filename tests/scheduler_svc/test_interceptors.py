@@ -50,9 +50,9 @@ class Service(InferenceServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def served():
+async def served(*settings):
     service = Service()
-    server = grpc.aio.server(interceptors=[ReadContext(), TellErrors()])
+    server = grpc.aio.server(interceptors=[ReadContext(), TellErrors(*settings)])
     add_InferenceServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -117,13 +117,17 @@ async def test_a_mistake_of_ours_is_told_as_one_and_its_reason_stays_in_the_log(
 
 async def test_a_message_that_cannot_be_read_is_refused_with_the_reason():
     """gRPC would say INTERNAL and nothing more, and the user would look for the mistake on our side."""
-    async with served() as (_, _, channel):
-        for method in ("GetModel", "Cancel"):
-            call = channel.unary_unary(f"/paceline.v1.InferenceService/{method}")
+    unreadable = []
+    async with served(lambda method, error: unreadable.append((method, error.code))) as (_, _, channel):
+        for method, kind in (("GetModel", channel.unary_unary), ("Generate", channel.unary_stream)):
+            call = kind(f"/paceline.v1.InferenceService/{method}")(b"\x0a\xff")
             with pytest.raises(grpc.aio.AioRpcError) as ended:
-                await call(b"\x0a\xff")
+                await (call if method == "GetModel" else read(call))
             assert ended.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "the message of 2 bytes cannot be read" in ended.value.details()
+
+    refused = grpc.StatusCode.INVALID_ARGUMENT
+    assert unreadable == [(f"/paceline.v1.InferenceService/{method}", refused) for method in ("GetModel", "Generate")]
 
 
 async def test_a_caller_that_goes_away_ends_the_handler():

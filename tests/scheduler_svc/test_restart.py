@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from array import array
 from dataclasses import replace
 
 import grpc
@@ -11,10 +12,16 @@ from executor_svc.fake import FakeRunner
 from paceline.internal.v1 import executor_pb2 as pb
 from paceline.internal.v1 import executor_pb2_grpc
 from paceline.v1 import fleet_pb2, inference_pb2
+from scheduler_svc.answers import Answer, Terms
 from scheduler_svc.config import SchedulerConfig
+from scheduler_svc.core.request import Request
 from scheduler_svc.journal.errors import JournalError
+from scheduler_svc.journal.restored import RestoredChoice, RestoredRequest
 from scheduler_svc.journal.store import Store
 from scheduler_svc.main import SchedulerApp, load_model
+from scheduler_svc.recorder import accepted_record, answer_of
+from scheduler_svc.text_stream import TextStream
+from scheduler_svc.tokenizer import Tokenizer
 from tests.scheduler_svc.test_reattach import named, read_choices
 from tests.scheduler_svc.test_service import expected_text, status_of
 from tests.system import FAST, request, started, until
@@ -123,7 +130,7 @@ async def test_a_request_of_a_batch_can_be_cancelled_while_it_waits_for_room():
         await until(lambda: system.scheduler.waiting_count == 1)
         batch = system.inference.GenerateBatch()
         await batch.write(inference_pb2.GenerateBatchRequest(index=1, request=ask("b")))
-        await until(lambda: "b" in system.app.engine._arriving)
+        await until(lambda: "b" in system.app.engine.arrivals._arrivals)
         await asyncio.sleep(0.05)
         await system.inference.Cancel(inference_pb2.CancelRequest(request_id="b"))
         answer = await asyncio.wait_for(batch.read(), 5)
@@ -168,6 +175,25 @@ async def test_a_scheduler_that_was_replaced_ends_and_says_so():
 
     assert [attempt.request_id for attempt in held] == ["r"]
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "another scheduler has taken over")
+
+
+def test_a_journal_of_the_release_before_is_still_read():
+    """Nobody may lose what was accepted because the next release writes down more of it."""
+    request = Request("r", array("I", range(5)), 5, 8)
+    terms = Terms(detach_timeout_s=30, is_named=True, operation="chat", method="GenerateBatch")
+    record = accepted_record(Answer(request, [TextStream(Tokenizer.bytes(), ())], terms, 100.0, 90.0), "fake")
+    before = {name: value for name, value in record.parameters.items() if name not in ("operation", "method", "door_s")}
+
+    def kept(parameters):
+        choice = RestoredChoice(1, 0, array("I"), None, "", None, 0, 0, 0, 0)
+        data = (1, "r", b"", record.accepted_at, None, None, request.token_ids, parameters, [choice])
+        return answer_of(RestoredRequest(*data), Tokenizer.bytes())
+
+    now, old = kept(record.parameters), kept(before)
+    assert (now.terms.operation, now.terms.method) == ("chat", "GenerateBatch")
+    assert now.accepted_at - now.received_at == pytest.approx(10)
+    assert (old.terms.operation, old.terms.method) == ("text_completion", "Generate")
+    assert old.accepted_at == old.received_at
 
 
 async def test_requests_wait_for_an_owner_that_does_not_answer_and_then_go_elsewhere(tmp_path):

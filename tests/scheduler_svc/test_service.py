@@ -121,7 +121,7 @@ async def test_a_request_can_be_cancelled_while_it_is_still_at_the_door():
         tokenizer.encode = lambda text: holding.wait(10) and encode(text)
         call = system.generate(request("hello", 200, request_id="r"))
         reading = asyncio.create_task(status_of(call))
-        await until(lambda: "r" in system.app.engine._arriving)
+        await until(lambda: "r" in system.app.engine.arrivals._arrivals)
         again = asyncio.create_task(status_of(system.generate(request("hello", 200, request_id="r"))))
         await asyncio.sleep(0.05)
         await system.inference.Cancel(inference_pb2.CancelRequest(request_id="r"))

@@ -35,6 +35,8 @@ class _RequestStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestS
     """It gets a token in every step."""
     REQUEST_STAGE_ENDED: _RequestStage.ValueType  # 4
     """Nothing comes any more."""
+    REQUEST_STAGE_DOOR: _RequestStage.ValueType  # 5
+    """It was not accepted yet. Only in `phases`: who is there now is counted in `at_door_request_count`."""
 
 class RequestStage(_RequestStage, metaclass=_RequestStageEnumTypeWrapper):
     """Where a request is."""
@@ -48,6 +50,8 @@ REQUEST_STAGE_DECODE: RequestStage.ValueType  # 3
 """It gets a token in every step."""
 REQUEST_STAGE_ENDED: RequestStage.ValueType  # 4
 """Nothing comes any more."""
+REQUEST_STAGE_DOOR: RequestStage.ValueType  # 5
+"""It was not accepted yet. Only in `phases`: who is there now is counted in `at_door_request_count`."""
 Global___RequestStage: _TypeAlias = RequestStage  # noqa: Y015
 
 @_typing.final
@@ -86,6 +90,8 @@ class GetOverviewResponse(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     SCALING_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    AT_DOOR_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    OLDEST_AT_DOOR_MS_FIELD_NUMBER: _builtins.int
     at_unix_ms: _builtins.int
     """When this was, and when the scheduler's process began, in milliseconds since 1970."""
     started_unix_ms: _builtins.int
@@ -94,6 +100,12 @@ class GetOverviewResponse(_message.Message):
     durability: _fleet_pb2.Durability.ValueType
     """Whether what users were told outlives the scheduler's process, and the bytes of the journal's file."""
     journal_bytes: _builtins.int
+    at_door_request_count: _builtins.int
+    """Requests that are held before they are accepted, and how long the first of them is: until the first executor has
+    joined (these are among `load.waiting_request_count` too) or, of a batch, until the queue has room. They are not
+    among `requests` yet.
+    """
+    oldest_at_door_ms: _builtins.int
     @_builtins.property
     def load(self) -> _fleet_pb2.WatchLoadResponse:
         """Everything that there is to do and to do it with."""
@@ -127,10 +139,12 @@ class GetOverviewResponse(_message.Message):
         requests: _abc.Iterable[Global___RequestOverview] | None = ...,
         scaling: Global___ScalingOverview | None = ...,
         history: _abc.Iterable[Global___FleetSample] | None = ...,
+        at_door_request_count: _builtins.int = ...,
+        oldest_at_door_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "scaling", b"scaling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_ms", b"at_unix_ms", "durability", b"durability", "executors", b"executors", "history", b"history", "journal_bytes", b"journal_bytes", "load", b"load", "release", b"release", "requests", b"requests", "scaling", b"scaling", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_door_request_count", b"at_door_request_count", "at_unix_ms", b"at_unix_ms", "durability", b"durability", "executors", b"executors", "history", b"history", "journal_bytes", b"journal_bytes", "load", b"load", "oldest_at_door_ms", b"oldest_at_door_ms", "release", b"release", "requests", b"requests", "scaling", b"scaling", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,6 +271,7 @@ class RequestOverview(_message.Message):
     TOTAL_MS_FIELD_NUMBER: _builtins.int
     RECOMPUTATION_COUNT_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
+    RECEIVED_UNIX_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     trace_id: _builtins.str
     """The trace it is part of, in hexadecimal."""
@@ -279,13 +294,17 @@ class RequestOverview(_message.Message):
     accepted_unix_ms: _builtins.int
     """When it was accepted, in milliseconds since 1970."""
     first_token_ms: _builtins.float
-    """Milliseconds from its acceptance to its first token, and to its end. 0: not yet."""
+    """Milliseconds from its receipt to its first token, and to its end. 0: not yet."""
     total_ms: _builtins.float
     recomputation_count: _builtins.int
     """How often it gave its blocks to others or lost its executor, and computed again what it had."""
+    received_unix_ms: _builtins.int
+    """When it was received, in milliseconds since 1970: it is accepted at once, or held at the door before that."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]:
-        """Where its time went so far, in order and without gaps; of several choices, that of the first."""
+        """Where its time went so far, in order and without gaps; of several choices, that of the first. Of a request that an
+        earlier life of the scheduler accepted, since this one took it up.
+        """
 
     def __init__(
         self,
@@ -307,10 +326,11 @@ class RequestOverview(_message.Message):
         total_ms: _builtins.float = ...,
         recomputation_count: _builtins.int = ...,
         phases: _abc.Iterable[Global___Phase] | None = ...,
+        received_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_unix_ms", b"accepted_unix_ms", "choice_count", b"choice_count", "error", b"error", "first_token_ms", b"first_token_ms", "is_traced", b"is_traced", "max_output_token_count", b"max_output_token_count", "outcome", b"outcome", "output_token_count", b"output_token_count", "phases", b"phases", "prompt_token_count", b"prompt_token_count", "recomputation_count", b"recomputation_count", "request_id", b"request_id", "reused_token_count", b"reused_token_count", "stage", b"stage", "tenant", b"tenant", "total_ms", b"total_ms", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_unix_ms", b"accepted_unix_ms", "choice_count", b"choice_count", "error", b"error", "first_token_ms", b"first_token_ms", "is_traced", b"is_traced", "max_output_token_count", b"max_output_token_count", "outcome", b"outcome", "output_token_count", b"output_token_count", "phases", b"phases", "prompt_token_count", b"prompt_token_count", "received_unix_ms", b"received_unix_ms", "recomputation_count", b"recomputation_count", "request_id", b"request_id", "reused_token_count", b"reused_token_count", "stage", b"stage", "tenant", b"tenant", "total_ms", b"total_ms", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,12 +347,12 @@ class Phase(_message.Message):
     END_MS_FIELD_NUMBER: _builtins.int
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     stage: Global___RequestStage.ValueType
-    """`QUEUE`, `PREFILL` or `DECODE`."""
+    """`DOOR`, `QUEUE`, `PREFILL` or `DECODE`."""
     begin_ms: _builtins.float
-    """Milliseconds from the acceptance of the request."""
+    """Milliseconds from the receipt of the request."""
     end_ms: _builtins.float
     executor_id: _builtins.str
-    """Where it was computed; empty in the queue."""
+    """Where it was computed; empty at the door and in the queue."""
     def __init__(
         self,
         *,

@@ -61,7 +61,11 @@ _OVER_TIME = (
     Lines(
         "Does anybody wait?",
         "A queue that stays is too little capacity; one that comes and goes is a burst.",
-        {"wait": "sum(paceline_requests_waiting)", "run": "sum(paceline_requests_running)"},
+        {
+            "wait": "sum(paceline_requests_waiting)",
+            "at the door": "sum(paceline_requests_at_door)",
+            "run": "sum(paceline_requests_running)",
+        },
     ),
     Lines(
         "For how long?",

@@ -1,0 +1,127 @@
+"""Why calls are not let in, as Prometheus is told it."""
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from paceline.v1 import fleet_pb2, inference_pb2
+from scheduler_svc.refusals import REASONS
+from tests.system import FAST, request, started, until
+
+SLOW = replace(FAST, fake_step_us=20_000)
+
+
+def refused(system):
+    return Counter(system.app.engine.meter.refused_counts)
+
+
+async def fails(call):
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        async for _ in call:
+            pass
+    return ended.value.code()
+
+
+async def at_door(system):
+    await until(lambda: system.app.engine.arrivals._arrivals)
+
+
+def named(request_id, **fields):
+    return request("hello", 4, request_id=request_id, **fields)
+
+
+async def test_each_mistake_is_counted_as_what_it_is():
+    """Whoever looks at a curve of refusals must know whom to talk to: each reason has another remedy."""
+    going_on = named("unknown")
+    going_on.resume_from.add(output_token_count=1, text_length=1)
+    async with started(1, SLOW, max_prompt_bytes=1000) as system:
+        running = system.generate(named("mine", detach_timeout_s=30))
+        await running.read()
+        for message in (
+            request(temperature=-1.0),
+            request(model="another"),
+            request("hello", 10**6),
+            request("x" * 1001),
+            request("hello", 250, choice_count=1, ignore_eos=True, stop_token_ids=[10**6]),
+            request("other", request_id="mine"),
+            going_on,
+        ):
+            await fails(system.generate(message))
+        counts = refused(system)
+        running.cancel()
+
+    assert counts == {"invalid": 3, "too_large": 2, "id_taken": 1, "lost": 1}
+    assert counts.keys() <= set(REASONS)
+
+
+async def test_no_executor_is_not_taken_for_a_scheduler_that_leaves():
+    """One is mended by starting something, the other by nothing at all."""
+    async with started(0) as system:
+        assert await fails(system.generate(request())) is grpc.StatusCode.UNAVAILABLE
+        before = refused(system)
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+        waiting = asyncio.ensure_future(fails(system.generate(request())))
+        await at_door(system)
+        system.stopping.set()
+        assert await waiting is grpc.StatusCode.UNAVAILABLE
+        counts = refused(system)
+
+    assert before == {"no_executor": 1}
+    assert counts - before == {"leaving": 1}
+
+
+async def test_who_gives_up_at_the_door_is_counted_and_why():
+    """Users who do not wait for the first executor are those that scale to zero costs; they must not vanish."""
+    async with started(0) as system:
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+        by_id = asyncio.ensure_future(fails(system.generate(named("by-id"))))
+        await at_door(system)
+        await system.inference.Cancel(inference_pb2.CancelRequest(request_id="by-id"))
+        assert await by_id is grpc.StatusCode.CANCELLED
+        first = refused(system)
+
+        hangs_up = system.inference.Generate(named("hangs-up"), timeout=60)
+        await at_door(system)
+        hangs_up.cancel()
+        await until(lambda: refused(system) - first)
+        second = refused(system)
+
+        assert await fails(system.generate(named("late"), timeout=0.3)) is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: refused(system) - second)
+        third = refused(system)
+
+        lease = fleet_pb2.LeaseScalingRequest(holder_id="a", starting_executor_count=1, next_ready_ms=60_000)
+        await system.fleet.LeaseScaling(lease)
+        assert await fails(system.generate(named("hopeless"), timeout=5)) is grpc.StatusCode.DEADLINE_EXCEEDED
+        fourth = refused(system)
+
+    assert (first, second - first) == ({"cancelled": 1}, {"cancelled": 1})
+    assert (third - second, fourth - third) == ({"deadline": 1}, {"deadline": 1})
+
+
+async def test_what_is_wrong_with_a_batch_itself_is_counted_too():
+    """It ends the whole call; not to count it would make the largest failures the quietest."""
+    async with started() as system:
+        call = system.inference.GenerateBatch()
+        for _ in range(2):
+            await call.write(inference_pb2.GenerateBatchRequest(index=3, request=request()))
+        await fails(call)
+        counts = refused(system)
+
+    assert counts == {"invalid": 1}
+
+
+async def test_a_full_queue_is_counted_as_one():
+    """It is the only reason that more executors help with."""
+    async with started(1, replace(SLOW, max_num_seqs=1), max_waiting_requests=1) as system:
+        calls = [system.generate(named(f"r{n}")) for n in range(2)]
+        await until(lambda: system.scheduler.waiting_count == 1)
+        assert await fails(system.generate(request())) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        counts = refused(system)
+        for call in calls:
+            call.cancel()
+
+    assert counts == {"queue_full": 1}
