@@ -20,7 +20,7 @@ from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.journal.journal import Durability
-from scheduler_svc.observation.observer import Observer, log_ids
+from scheduler_svc.observation.observer import Loss, Observer, log_ids
 from scheduler_svc.observation.step_meter import StepMeter
 from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.recorder import Recorder, replay_output
@@ -177,7 +177,7 @@ class Engine:
     def _stop_waiting_for_owners(self) -> None:
         for executor_id in self.scheduler.absent:
             requests = self.scheduler.give_up(executor_id)
-            self.observer.on_lost(requests, executor_id, time.monotonic(), may_return=False)
+            self.observer.on_lost(requests, executor_id, time.monotonic(), Loss.NOT_BACK)
             log.warning("executor did not come back", executor_id=executor_id, request_count=len(requests))
         self._pump()
 
@@ -248,10 +248,14 @@ class Engine:
 
     def attached(self, link: Link, capacity: Capacity, inventory: Inventory) -> None:
         """An executor is ready for plans, with what it still has. Raises `ProtocolError` when that makes no sense."""
+        awaiting = self.scheduler.absent.get(link.executor_id, [])
         outputs = self.scheduler.resume(link.executor_id, capacity, inventory)
+        given_up = [request for request in awaiting if request.state is RequestState.WAITING]
         self._links[link.executor_id] = link
         self.meter.tell_at_once()  # it is what somebody waits for
-        self.observer.on_attached(self.scheduler.executors[link.executor_id], link.steps, time.monotonic())
+        now = time.monotonic()
+        self.observer.on_attached(self.scheduler.executors[link.executor_id], link.steps, now)
+        self.observer.on_lost(given_up, link.executor_id, now, Loss.CAME_WITHOUT)
         if inventory.held:
             running_count = len(self.scheduler.executors[link.executor_id].running)
             log.info(
@@ -296,14 +300,15 @@ class Engine:
         ):
             self._links.pop(executor_id, None)
             lost = self.scheduler.lose(executor_id, died=died, may_return=may_return)
-            self.observer.on_lost(lost, executor_id, time.monotonic(), may_return=may_return)
+            loss = Loss.CUT_OFF if may_return else Loss.LOST
+            self.observer.on_lost(lost, executor_id, time.monotonic(), loss)
             if not may_return:  # else it may be back before that is news
                 self.observer.on_gone(executor_id)
                 self._note_lost(link, lost)
             self._pump()
         elif executor_id not in self._links and not may_return:  # it was waited for
             lost = self.scheduler.give_up(executor_id, died=died)
-            self.observer.on_lost(lost, executor_id, time.monotonic(), may_return=False)
+            self.observer.on_lost(lost, executor_id, time.monotonic(), Loss.NOT_BACK)
             self.observer.on_gone(executor_id)
             self._note_lost(link, lost)
 

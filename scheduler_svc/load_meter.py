@@ -137,7 +137,7 @@ class LoadMeter:
         self.refused_counts: Counter[str] = Counter()  # by one of `refusals.REASONS`
         self.outcome_counts: Counter[str] = Counter()  # why requests ended
         self.move_counts: Counter[str] = Counter()  # placements that had to end before their requests, by cause
-        self.recovery_counts: Counter[str] = Counter()  # what became of executors that went: `resumed`, `replanned`
+        self.recovery_counts: Counter[str] = Counter()  # executors that went, by what became of those who were there
         self._prompt_tokens = self._output_tokens = self._weight = 0.0
         self._watchers: set[LoadWatcher] = set()
 

@@ -25,7 +25,13 @@ _COLOURS = {
     "forward": "blue",
     "sample": "cyan",
 }
-_BAD_EVENTS = ("executor lost", "executor cut off", "preempted")
+_BAD_EVENTS = (
+    "executor cut off",
+    "executor did not come back",
+    "executor came back without it",
+    "executor lost",
+    "preempted",
+)
 _LEAST_BAR, _LONGEST_NAME = 16, 30
 _TIME = 10  # cells of a time
 _NARROW = 72  # cells, below which there is no column for the time at which something began

@@ -255,9 +255,9 @@ class Scheduler:
         return [request for request in absence.requests if request.state is RequestState.WAITING] + ended
 
     @property
-    def absent(self) -> list[str]:
-        """Executors that somebody waits for."""
-        return list(self._absences)
+    def absent(self) -> dict[str, list[Request]]:
+        """Executors that somebody waits for, and who does."""
+        return {name: list(absence.requests) for name, absence in self._absences.items()}
 
     def _await(self, request: Request, executor_id: str) -> None:
         request.awaits = executor_id

@@ -32,7 +32,7 @@ _STATES = {
 }
 OUTCOMES = ("stop", "length", "cancelled", "deadline", "error", "cut off")
 _MOVES = ("lost", "drained", "out of memory")
-_RECOVERIES = ("resumed", "replanned")
+_RECOVERIES = ("resumed", "replanned", "given up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +180,12 @@ def _counts(meter: LoadMeter) -> Iterator[Metric]:
     yield counter("paceline_requests_refused", "Requests not let in.", "reason", meter.refused_counts, REASONS)
     yield counter("paceline_requests_ended", "Requests that ended.", "outcome", meter.outcome_counts, OUTCOMES)
     yield counter(
-        "paceline_moves", "Requests that had to leave an executor and go on.", "cause", meter.move_counts, _MOVES
+        "paceline_moves", "Times that a choice had to leave an executor and go on.", "cause", meter.move_counts, _MOVES
     )
     yield counter(
         "paceline_recoveries",
-        "Executors that went with requests on them, by what became of these: resumed there, or planned elsewhere.",
+        "Executors that went with requests on them, by what became of any of these: it was resumed there, planned "
+        "elsewhere, or given up because it kills executors.",
         "kind",
         meter.recovery_counts,
         _RECOVERIES,
@@ -203,8 +204,8 @@ def _counts(meter: LoadMeter) -> Iterator[Metric]:
 
 
 def _times(meter: LoadMeter) -> Iterator[Metric]:
-    yield histogram("paceline_queue_seconds", "From acceptance to the first placement.", meter.queue)
     yield histogram("paceline_door_seconds", "Held before acceptance; only of those who were.", meter.door)
+    yield histogram("paceline_queue_seconds", "From acceptance to the first placement.", meter.queue)
     yield histogram("paceline_prefill_seconds", "From a placement to the next token.", meter.prefill)
     yield histogram("paceline_first_token_seconds", "From receipt to the first token.", meter.first_token)
     yield histogram("paceline_per_token_seconds", "Mean of the tokens after the first.", meter.per_token)

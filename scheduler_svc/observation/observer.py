@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import wraps
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.spans import Origin, Span, SpanLink
 from scheduler_svc.answers import Answer
 from scheduler_svc.core.executor import Executor
 from scheduler_svc.core.plan import Chunk, NewRequest, Plan
-from scheduler_svc.core.request import Request, TraceContext
+from scheduler_svc.core.request import Request, RequestState, TraceContext
 from scheduler_svc.load_meter import LoadMeter
 from scheduler_svc.observation.request_facts import content_of, facts_of
 from scheduler_svc.observation.request_spans import RequestSpans, phase_spans
@@ -36,6 +37,15 @@ _SLOW_FACTOR, _SLOW_S = 5.0, 0.05
 
 _FAILED = ("error", "deadline", "cut off")
 _BROKEN = ("error", "cut off")  # the service is to blame
+
+
+class Loss(Enum):
+    """What happened to an executor with requests on it, as traces call it."""
+
+    CUT_OFF = "executor cut off"  # it may be back with them
+    LOST = "executor lost"
+    NOT_BACK = "executor did not come back"  # after a cut, or a restart of the scheduler
+    CAME_WITHOUT = "executor came back without it"  # likewise
 
 
 @dataclass(slots=True)
@@ -215,13 +225,14 @@ class Observer:
         name = executor.executor_id
         self._steps[name] = steps
         self._flights.pop(name, None)
+        for resumed in self._timelines(executor.running):
+            resumed.note(now, "resumed where it was", **{"paceline.executor.id": name})
         for request in executor.running:
             timeline = self._live.get(request.request_id)
             if timeline is None or request.choice >= MOST_CHOICES:
                 continue
             attempt = Attempt(request.choice, request.attempt, name, now)
             timeline.add(attempt)
-            timeline.note(now, "resumed where it was", **{"paceline.executor.id": name})
             if executor.slots.decoding[request.slot]:
                 self._begin_decoding(attempt, now)
         if executor.running:
@@ -241,19 +252,30 @@ class Observer:
                 timeline.note(now, cause)
 
     @_harmless
-    def on_lost(self, requests: Sequence[Request], executor_id: str, now: float, *, may_return: bool) -> None:
-        """An executor is gone, and these were on it."""
-        self._flights.pop(executor_id, None)
-        event = "executor cut off" if may_return else "executor lost"
+    def on_lost(self, requests: Sequence[Request], executor_id: str, now: float, loss: Loss) -> None:
+        """These were on an executor, or waited for it, and are not there any more."""
+        if loss is not Loss.CAME_WITHOUT:
+            self._flights.pop(executor_id, None)
         for request in requests:
             if (timeline := self._live.get(request.request_id)) is not None:
                 self._note_computed(timeline, request)
                 self._leave(timeline, request.choice, now, "lost")
-                timeline.note(now, event, **{"paceline.executor.id": executor_id})
-            if not may_return:
-                self.meter.move_counts["lost"] += 1
-        if requests and not may_return:
-            self.meter.recovery_counts["replanned"] += 1
+        for timeline in self._timelines(requests):
+            timeline.note(now, loss.value, **{"paceline.executor.id": executor_id})
+        if loss is not Loss.CUT_OFF:
+            self._count_lost(requests)
+
+    def _timelines(self, choices: Iterable[Request]) -> list[Timeline]:
+        """Those of the requests that these belong to, one for all choices of a request."""
+        found = (self._live.get(request_id) for request_id in dict.fromkeys(choice.request_id for choice in choices))
+        return [timeline for timeline in found if timeline is not None]
+
+    def _count_lost(self, requests: Sequence[Request]) -> None:
+        """Who has ended with the executor does not go on elsewhere, nor do those that were still to be forked."""
+        moved_count = sum(request.state is not RequestState.FINISHED for request in requests)
+        self.meter.move_counts["lost"] += moved_count
+        self.meter.recovery_counts["replanned"] += moved_count > 0
+        self.meter.recovery_counts["given up"] += moved_count < len(requests)
 
     @_harmless
     def on_gone(self, executor_id: str) -> None:

@@ -38,7 +38,7 @@ _SCHEDULER: dict[str, Labels] = {
         "outcome": {"stop", "length", "cancelled", "deadline", "error", "cut_off"},
     },
     "paceline_moves_total": {"cause": {"lost", "drained", "out_of_memory"}},
-    "paceline_recoveries_total": {"kind": {"resumed", "replanned"}},
+    "paceline_recoveries_total": {"kind": {"resumed", "replanned", "given_up"}},
     **_alike(
         """
         paceline_executor_requests_running paceline_executor_blocks paceline_executor_blocks_held

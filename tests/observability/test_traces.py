@@ -135,9 +135,9 @@ async def test_a_request_that_moves_shows_both_executors(receiver):
 
     check_tree(root)
     assert [child.attributes["paceline.executor.id"] for child in root.children_of("decode")] == ["e0", "e1"]
-    assert {"executor cut off", "placed again"} <= set(root.events) | {"executor cut off"}
+    losses = [event for event in root.events if event.startswith("executor")]
+    assert losses in (["executor lost"], ["executor cut off", "executor did not come back"])
     assert "placed again" in root.events
-    assert any(event.startswith("executor") for event in root.events)
     assert [child.name for child in root.children_of("queue")] == ["queue", "queue"]
 
 

@@ -215,7 +215,7 @@ async def test_requests_wait_for_an_owner_that_does_not_answer_and_then_go_elsew
         place = (0, messages[-1].output_token_count, messages[-1].text_length)
         reading = asyncio.create_task(read_choices(system.generate(ask("r", resume_from=[place]))))
         await asyncio.sleep(0.4)
-        waited_for = system.scheduler.absent
+        waited_for = list(system.scheduler.absent)
         texts, _, _ = await reading
     silent.close()
 

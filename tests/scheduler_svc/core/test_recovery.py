@@ -214,4 +214,4 @@ def test_an_inventory_that_makes_no_sense_changes_nothing(attempts, reason):
     with pytest.raises(ProtocolError, match=reason):
         scheduler.resume("a", SIZE, inventory)
     scheduler.check_invariants()
-    assert (scheduler.absent, scheduler.executors) == (["a"], {})
+    assert (list(scheduler.absent), scheduler.executors) == (["a"], {})
