@@ -103,7 +103,7 @@ _FLAGS = {
         "--trace-requests", _SIGHT, "Requests a second that are traced unasked.", metavar="RATE", min=0
     ),
     "trace_steps": _count("--trace-steps", _SIGHT, "One in so many steps is traced; 0: none.", 0),
-    "trace_content": _flag("--trace-content/--no-trace-content", _SIGHT, "Put prompts and outputs into traces."),
+    "trace_content": _flag("--trace-content/--no-trace-content", _SIGHT, "Send prompts and outputs with traces."),
     "keep_timelines": _count("--keep-timelines", _SIGHT, "Ended requests that `paceline trace` knows.", 0),
     "lease_s": _seconds("--lease", "Silence after which an executor counts as lost."),
     "step_timeout_s": _seconds("--step-timeout", "Least time after which a step counts as wedged."),

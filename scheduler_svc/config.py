@@ -39,7 +39,7 @@ class SchedulerConfig:
     """One in so many steps is traced, and those that take unusually long. 0: none."""
 
     trace_content: bool = False
-    """Put prompts and outputs into traces."""
+    """Put prompts and outputs into the traces that are sent. Nobody who asks the scheduler is ever shown them."""
 
     keep_timelines: int = 512
     """Requests that have ended of which `paceline trace` and the status page still know where their time went."""

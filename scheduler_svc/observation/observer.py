@@ -118,7 +118,7 @@ class Observer:
         return self._live.get(request_id) or next((one for one in self.ended if one.request_id == request_id), None)
 
     def spans(self, timeline: Timeline) -> list[Span]:
-        """The trace of a request, as far as it goes."""
+        """The trace of a request, as far as it goes, for whoever asks: without what was said in it."""
         return self._spans.of(timeline, self._clock())
 
     @property
@@ -177,8 +177,6 @@ class Observer:
         timeline = self._live.pop(answer.request.request_id, None)
         if timeline is None:
             return
-        if self._keeps_content:
-            timeline.texts = content_of(answer)
         timeline.end(now)
         self._ended.append(timeline)
         summary = timeline.summarize()
@@ -189,7 +187,7 @@ class Observer:
         if summary.outcome in _BROKEN:
             log.warning("request failed", **log_ids(answer.request), outcome=summary.outcome, reason=summary.error)
         if self.tracing.is_recorded(timeline.trace, failed=summary.outcome in _FAILED):
-            self.tracing.send(self._spans.of(timeline, now))
+            self.tracing.send(self._spans.of(timeline, now, content_of(answer) if self._keeps_content else ()))
 
     def _note_end(self, timeline: Timeline, summary: Summary, now: float) -> None:
         first_token_at = summary.first_token_at

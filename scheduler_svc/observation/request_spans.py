@@ -43,10 +43,12 @@ class RequestSpans:
         """Spans of a scheduler and the executors that it talks to."""
         self._scheduler = scheduler
 
-    def of(self, timeline: Timeline, now: float) -> list[Span]:
-        """The spans of a request; one that has not ended is shown as it is `now`."""
+    def of(self, timeline: Timeline, now: float, content: tuple[str, ...] = ()) -> list[Span]:
+        """The spans of a request; one that has not ended is shown as it is `now`. `content` are its prompt and outputs,
+        for an exporter and nobody else.
+        """
         root_id = timeline.trace.span_id
-        spans = [self._root(timeline, now)]
+        spans = [self._root(timeline, now, content)]
         if timeline.has_waited_at_door:
             received_at, accepted_at = timeline.received_at, timeline.accepted_at
             spans.append(self._child(timeline, root_id, "door", (), received_at, accepted_at, _of_door(timeline)))
@@ -54,7 +56,7 @@ class RequestSpans:
             spans += self._of_choice(timeline, choice, root_id, now)
         return spans
 
-    def _root(self, timeline: Timeline, now: float) -> Span:
+    def _root(self, timeline: Timeline, now: float, content: tuple[str, ...]) -> Span:
         summary, trace = timeline.summarize(), timeline.trace
         outcome = summary.outcome
         operation, model = timeline.facts["gen_ai.operation.name"], timeline.facts["gen_ai.request.model"]
@@ -67,7 +69,7 @@ class RequestSpans:
             begin_ns=timeline.ns(timeline.received_at),
             end_ns=timeline.ns(timeline.ended_at or now),
             kind=SpanKind.SERVER,
-            attributes={**timeline.facts, **_result(timeline, summary), **_content(timeline)},
+            attributes={**timeline.facts, **_result(timeline, summary), **_of_content(content)},
             events=tuple(
                 SpanEvent(timeline.ns(moment.at), moment.name, dict(moment.facts)) for moment in timeline.moments
             ),
@@ -193,13 +195,13 @@ def _of_door(timeline: Timeline) -> Attributes:
     return {"paceline.door.held_for": timeline.held_for} if timeline.held_for else {}
 
 
-def _content(timeline: Timeline) -> Attributes:
+def _of_content(content: tuple[str, ...]) -> Attributes:
     """Prompt and outputs, where the operator has asked for them."""
-    if not timeline.texts:
+    if not content:
         return {}
-    prompt, *outputs = timeline.texts
+    prompt, *outputs = content
     return {
-        "gen_ai.input.messages": prompt,
+        **({"gen_ai.input.messages": prompt} if prompt else {}),  # not kept over a restart
         "gen_ai.output.messages": json.dumps(
             [{"role": "assistant", "parts": [{"type": "text", "content": text}]} for text in outputs]
         ),

@@ -130,7 +130,6 @@ class Timeline:
     moments: list[Moment] = field(default_factory=list)
     ended_at: float | None = None
     summary: Summary | None = None  # once it has ended
-    texts: tuple[str, ...] = ()  # prompt and outputs, where these may be recorded
 
     def note(self, at: float, name: str, **facts: str | int | float) -> None:
         """Keep a moment, if there is still room."""

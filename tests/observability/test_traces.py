@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from executor_svc.fake import FakeRunner
-from paceline.v1 import inference_pb2
+from paceline.v1 import inference_pb2, observation_pb2, observation_pb2_grpc
 from tests.observability.otlp_receiver import OtlpReceiver
 from tests.observability.test_overview import look
 from tests.system import FAST, request, started, until
@@ -251,12 +251,17 @@ async def test_every_so_manieth_step_is_recorded_and_linked_to_its_requests(rece
     assert linked <= {step.span.span_id for step in steps}
 
 
-async def test_content_is_in_the_trace_where_the_operator_asked_for_it(receiver):
-    """Opt-in, and then as the conventions have it."""
+async def test_content_is_in_the_trace_that_is_sent_where_the_operator_asked_for_it_and_in_no_other(receiver):
+    """Opt-in, and then as the conventions have it; the scheduler's own ports do not know who asks."""
     async with started(otlp_endpoint=receiver.endpoint, trace_content=True) as system:
         await read(system, request("hello", 4, request_id="r"))
         (root,) = await received(system, receiver, "r")
+        async with grpc.aio.insecure_channel(system.address) as channel:
+            stub = observation_pb2_grpc.ObservationServiceStub(channel)
+            asked = await stub.GetTrace(observation_pb2.GetTraceRequest(request_id="r"))
 
+    assert "messages" not in asked.otlp_json, "whoever reaches the port would read what others have asked"
+    assert "gen_ai.usage.input_tokens" in asked.otlp_json
     assert '"content": "hello"' in root.attributes["gen_ai.input.messages"]
     assert '"role": "assistant"' in root.attributes["gen_ai.output.messages"]
 

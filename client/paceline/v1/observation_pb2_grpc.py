@@ -65,7 +65,8 @@ class ObservationServiceServicer:
     def GetTrace(self, request, context):
         """Tells where the time of one request went, from the scheduler's own recent memory: no tracing backend is needed.
 
-        Requests that run are there, and those that ended last (`--keep-timelines` of them).
+        Requests that run are there, and those that ended last (`--keep-timelines` of them). What was asked and answered is
+        never in it: prompts and outputs go to the receiver of traces alone, and only with `--trace-content`.
 
         Errors:
 

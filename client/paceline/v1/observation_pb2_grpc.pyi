@@ -43,7 +43,8 @@ class ObservationServiceStub:
     GetTrace: _grpc.UnaryUnaryMultiCallable[_observation_pb2.GetTraceRequest, _observation_pb2.GetTraceResponse]
     """Tells where the time of one request went, from the scheduler's own recent memory: no tracing backend is needed.
 
-    Requests that run are there, and those that ended last (`--keep-timelines` of them).
+    Requests that run are there, and those that ended last (`--keep-timelines` of them). What was asked and answered is
+    never in it: prompts and outputs go to the receiver of traces alone, and only with `--trace-content`.
 
     Errors:
 
@@ -65,7 +66,8 @@ class ObservationServiceAsyncStub(ObservationServiceStub):
     GetTrace: _aio.UnaryUnaryMultiCallable[_observation_pb2.GetTraceRequest, _observation_pb2.GetTraceResponse]  # type: ignore[assignment]
     """Tells where the time of one request went, from the scheduler's own recent memory: no tracing backend is needed.
 
-    Requests that run are there, and those that ended last (`--keep-timelines` of them).
+    Requests that run are there, and those that ended last (`--keep-timelines` of them). What was asked and answered is
+    never in it: prompts and outputs go to the receiver of traces alone, and only with `--trace-content`.
 
     Errors:
 
@@ -96,7 +98,8 @@ class ObservationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_observation_pb2.GetTraceResponse, _abc.Awaitable[_observation_pb2.GetTraceResponse]]:
         """Tells where the time of one request went, from the scheduler's own recent memory: no tracing backend is needed.
 
-        Requests that run are there, and those that ended last (`--keep-timelines` of them).
+        Requests that run are there, and those that ended last (`--keep-timelines` of them). What was asked and answered is
+        never in it: prompts and outputs go to the receiver of traces alone, and only with `--trace-content`.
 
         Errors:
 
