@@ -95,7 +95,7 @@ class Door:
             tuple(message.stopping.stop),
             message.detach_timeout_s,
             bool(message.request_id),
-            operation="chat" if message.HasField("chat") else "text_completion",
+            operation=operation_of(message),
             method=method,
             prompt_json=_prompt_json(message) if self._config.trace_content else "",
         )
@@ -167,6 +167,11 @@ def request_id_of(message: pb.GenerateRequest) -> str:
             f"request_id '{shown(message.request_id)}' must be 1 to 128 printable ASCII characters without spaces"
         )
     return message.request_id or f"req-{secrets.token_hex(12)}"
+
+
+def operation_of(message: pb.GenerateRequest) -> str:
+    """What is asked for, as traces name it."""
+    return "chat" if message.HasField("chat") else "text_completion"
 
 
 def content_hash(message: pb.GenerateRequest) -> bytes:

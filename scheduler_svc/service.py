@@ -18,7 +18,7 @@ from paceline.v1 import inference_pb2_grpc
 from scheduler_svc.answers import Answer, Piece, Reader, data_loss
 from scheduler_svc.arrivals import Arrival, Hold
 from scheduler_svc.core.request import FinishReason
-from scheduler_svc.door import Door, content_hash, positions_of, request_id_of
+from scheduler_svc.door import Door, content_hash, operation_of, positions_of, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.interceptors import Malformed, traceparent
@@ -32,6 +32,9 @@ _BATCH_REQUESTS = 1024
 """Requests of one batch that may run, or be answered and not written, at once: what an unread batch can hold."""
 
 _LOOK_EVERY_S = 0.1  # whether an autoscaler is still there, and somebody still wants the answer
+
+# How a request that was turned away at the door would have ended, had it been accepted.
+_OUTCOMES = {"cancelled": "cancelled", "deadline": "deadline", "leaving": "cut off", "no_executor": "cut off"}
 
 _EARLY_S = 0.1  # how long before its deadline a call may end because of it: the clocks of two machines differ
 
@@ -144,7 +147,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             raise data_loss(request_id, _UNKNOWN)
         if answer is None:
             with engine.arrivals.arriving(request_id, received_at) as arrival:
-                answer = await self._let_in(message, arrival, context, wait=wait)
+                try:
+                    answer = await self._let_in(message, arrival, context, wait=wait)
+                except RefusedError as error:
+                    self._turn_away(message, arrival, context, reason_of(error), error.message, wait=wait)
+                    raise
+                except asyncio.CancelledError:  # its caller is gone, or waits no longer
+                    reason = self._note_hung_up(context)
+                    text = f"the caller of request '{request_id}' has hung up before it was accepted ({reason})"
+                    self._turn_away(message, arrival, context, reason, text, wait=wait)
+                    raise
         reader = engine.answers.read(answer, positions)
         try:
             await engine.durable()
@@ -161,21 +173,38 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         remaining_s = context.time_remaining()
         deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
         self._refuse_hopeless(arrival.request_id, deadline)
-        try:
-            if self._fleet.limits is None and self._scaling.is_expected(time.monotonic()):
-                await self._wait_for_first_executor(arrival)
-            trace = self._engine.observer.tracing.accept(traceparent())
-            method = "GenerateBatch" if wait else "Generate"
-            request, texts, terms = await self._door.request(
-                message, arrival.request_id, self._fleet.limits, deadline, trace, method
-            )
-            if wait:
-                await self._engine.wait_for_room(arrival, len(request.token_ids))
-        except asyncio.CancelledError:  # its caller is gone, or waits no longer
-            is_too_late = time.monotonic() > deadline - _EARLY_S
-            self._engine.meter.note_refused("deadline" if is_too_late else "cancelled")
-            raise
+        if self._fleet.limits is None and self._scaling.is_expected(time.monotonic()):
+            await self._wait_for_first_executor(arrival)
+        trace = self._engine.observer.tracing.accept(traceparent())
+        request, texts, terms = await self._door.request(
+            message, arrival.request_id, self._fleet.limits, deadline, trace, _method(wait=wait)
+        )
+        if wait:
+            await self._engine.wait_for_room(arrival, len(request.token_ids))
         return self._engine.submit(request, texts, terms, arrival)
+
+    def _note_hung_up(self, context: grpc.aio.ServicerContext) -> str:
+        remaining_s = context.time_remaining()
+        reason = "deadline" if remaining_s is not None and remaining_s < _EARLY_S else "cancelled"
+        self._engine.meter.note_refused(reason)
+        return reason
+
+    def _turn_away(
+        self,
+        message: pb.GenerateRequest,
+        arrival: Arrival,
+        context: grpc.aio.ServicerContext,
+        reason: str,
+        text: str,
+        *,
+        wait: bool,
+    ) -> None:
+        """Let it be seen what became of a request that was held at the door in vain."""
+        if not arrival.held_for or reason not in _OUTCOMES:
+            return  # whoever is told at once what is wrong has nothing to ask
+        observer = self._engine.observer
+        trace = observer.tracing.accept(traceparent())
+        observer.on_turned_away(arrival, operation_of(message), _method(wait=wait), trace, _OUTCOMES[reason], text)
 
     def _refuse_hopeless(self, request_id: str, deadline: float) -> None:
         """Tell at once who cannot be served in time: the next executor is still to be started."""
@@ -347,3 +376,7 @@ def _usage(answer: Answer) -> pb.Usage:
         recomputation_count=sum(max(0, choice.placement_count - 1) for choice in request.family),
         cached_prompt_token_count=request.reused_count,
     )
+
+
+def _method(*, wait: bool) -> str:
+    return "GenerateBatch" if wait else "Generate"

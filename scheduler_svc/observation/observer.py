@@ -14,11 +14,12 @@ import structlog
 
 from common.spans import Origin, Span, SpanLink
 from scheduler_svc.answers import Answer
+from scheduler_svc.arrivals import Arrival
 from scheduler_svc.core.executor import Executor
 from scheduler_svc.core.plan import Chunk, NewRequest, Plan
 from scheduler_svc.core.request import Request, RequestState, TraceContext
 from scheduler_svc.load_meter import LoadMeter
-from scheduler_svc.observation.request_facts import content_of, facts_of
+from scheduler_svc.observation.request_facts import content_of, facts_of, facts_of_call
 from scheduler_svc.observation.request_spans import RequestSpans, phase_spans
 from scheduler_svc.observation.step_meter import StepMeter
 from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
@@ -156,6 +157,31 @@ class Observer:
         for stream in answer.streams:
             stream.on_first_token = lambda now: self._note_first_token(timeline, now)
         self.meter.note_arrived(request.prompt_count)
+
+    @_harmless
+    def on_turned_away(
+        self, arrival: Arrival, operation: str, method: str, trace: TraceContext, outcome: str, error: str
+    ) -> None:
+        """A request was held at the door in vain; `outcome` is that of a request that had been accepted then."""
+        now = self._clock()
+        timeline = Timeline(
+            request_id=arrival.request_id,
+            trace=trace,
+            received_at=arrival.received_at,
+            accepted_at=now,
+            facts=facts_of_call(operation, method, self._model),
+            choice_count=1,
+            tenant="",
+            max_output_count=0,
+            answer=None,
+            wall_ns=self._wall_ns,
+            held_for=arrival.held_for,
+            ended_at=now,
+            summary=Summary(0, 0, (), None, (outcome,), error),
+        )
+        self._ended.append(timeline)
+        if self.tracing.is_recorded(trace, failed=outcome in _FAILED):
+            self.tracing.send(self._spans.of(timeline, now))
 
     def _note_first_token(self, timeline: Timeline, now: float) -> None:
         answer = timeline.answer

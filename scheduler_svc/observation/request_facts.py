@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from scheduler_svc.answers import Answer
 
+Facts = dict[str, str | int | float]
 
-def facts_of(answer: Answer, model: str) -> dict[str, str | int | float]:
-    """What a request asked of `model`."""
-    request, terms, sampling = answer.request, answer.terms, answer.request.sampling
-    facts: dict[str, str | int | float] = {
-        "gen_ai.operation.name": terms.operation,
+
+def facts_of_call(operation: str, method: str, model: str) -> Facts:
+    """What is known of a request whatever becomes of it: which of `model` was asked, and by which call."""
+    return {
+        "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "paceline",
         "gen_ai.request.model": model,
         "gen_ai.response.model": model,
+        "rpc.system.name": "grpc",
+        "rpc.method": f"paceline.v1.InferenceService/{method}",
+    }
+
+
+def facts_of(answer: Answer, model: str) -> Facts:
+    """What a request asked of `model`."""
+    request, terms, sampling = answer.request, answer.terms, answer.request.sampling
+    facts = {
+        **facts_of_call(terms.operation, terms.method, model),
         "gen_ai.request.max_tokens": request.max_output_count,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.seed": sampling.seed - 2**64 if sampling.seed >= 2**63 else sampling.seed,  # int64 there
-        "rpc.system.name": "grpc",
-        "rpc.method": f"paceline.v1.InferenceService/{terms.method}",
     }
     if sampling.top_k:
         facts["gen_ai.request.top_k"] = sampling.top_k

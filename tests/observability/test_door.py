@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import replace
 
+import grpc
+import pytest
 from prometheus_client import CollectorRegistry
 
 from paceline.v1 import fleet_pb2, inference_pb2, observation_pb2
@@ -87,6 +89,27 @@ async def test_a_request_of_a_batch_shows_how_long_it_waited_for_room():
     assert root.child("door").attributes["paceline.door.held_for"] == ["room in the queue"]
     assert root.attributes["rpc.method"] == "paceline.v1.InferenceService/GenerateBatch"
     assert during.load.waiting_request_count == 1, "who waits for room is not in the queue yet"
+
+
+async def test_who_gives_up_at_the_door_is_found_with_the_reason():
+    """Why mine timed out is asked of the requests that were never accepted, too."""
+    receiver = OtlpReceiver()
+    async with started(0, otlp_endpoint=receiver.endpoint) as system:
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read(system, request("hello", 4, request_id="late"), timeout=1.0)
+        await until(lambda: system.app.engine.observer.find("late") is not None)
+        (root,) = await received(system, receiver, "late")
+        (shown,) = (await held(system, 0)).requests
+        counts = system.app.engine.meter.ended_request_count, system.app.engine.meter.whole.count
+    receiver.close()
+
+    check_tree(root)
+    assert [child.name for child in root.children] == ["door"]
+    assert root.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
+    assert "has hung up before it was accepted (deadline)" in root.span.status.message
+    assert (stages(shown), shown.outcome) == (["DOOR"], "deadline")
+    assert counts == (0, 0), "it was refused, and has not ended as the accepted ones do"
 
 
 async def test_a_request_that_is_not_held_is_not_said_to_have_been():
