@@ -22,6 +22,7 @@ from common.serving_folder import ServingFolder
 from common.spans import Origin
 from paceline.v1 import fleet_pb2_grpc, inference_pb2_grpc, observation_pb2_grpc
 from paceline.v1 import inference_pb2 as pb
+from scheduler_svc.admission import Admission
 from scheduler_svc.config import SchedulerConfig, check_settings, trace_receiver
 from scheduler_svc.door import Door
 from scheduler_svc.engine import Engine
@@ -128,7 +129,8 @@ class SchedulerApp:
         self.door = Door(config, model_name, tokenizer, defaults)
         model = pb.Model(name=model_name, has_chat_template=tokenizer.has_chat_template)
         scaling = self._scaling = ScalingLease(time.monotonic() + LEASE_S if self.journal.restored.epoch else -math.inf)
-        inference = InferenceService(self.door, self.engine, self.fleet, scaling, model)
+        admission = Admission(self.door, self.engine, self.fleet, scaling)
+        inference = InferenceService(admission, self.engine, self.fleet, model)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server.grpc)
         self._fleet_service = FleetService(self.fleet, self.engine, self.journal, scaling, model_name)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet_service, self._server.grpc)

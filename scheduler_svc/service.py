@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-import time
 from array import array
 from collections.abc import AsyncIterator
 
 import grpc
-import structlog
 
 from common.errors import RefusedError, invalid
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import inference_pb2_grpc
-from scheduler_svc.answers import Answer, Piece, Reader, data_loss
-from scheduler_svc.arrivals import Arrival, Hold
+from scheduler_svc.admission import Admission, Caller
+from scheduler_svc.answers import Answer, Piece, Reader
 from scheduler_svc.core.request import FinishReason
-from scheduler_svc.door import Door, content_hash, operation_of, positions_of, request_id_of
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
-from scheduler_svc.interceptors import Malformed, traceparent
+from scheduler_svc.interceptors import Malformed
 from scheduler_svc.output_stream import OutputStream
-from scheduler_svc.refusals import reason_of
-from scheduler_svc.scaling_lease import ScalingLease
-
-log = structlog.get_logger()
 
 _BATCH_REQUESTS = 1024
 """Requests of one batch that may run, or be answered and not written, at once: what an unread batch can hold."""
-
-_LOOK_EVERY_S = 0.1  # whether an autoscaler is still there, and somebody still wants the answer
-
-# How a request that was turned away at the door would have ended, had it been accepted.
-_OUTCOMES = {"cancelled": "cancelled", "deadline": "deadline", "leaving": "cut off", "no_executor": "cut off"}
-
-_EARLY_S = 0.1  # how long before its deadline a call may end because of it: the clocks of two machines differ
 
 _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -44,19 +28,12 @@ _FINISH_REASONS: dict[FinishReason | None, pb.FinishReason.ValueType] = {
 }
 
 
-_UNKNOWN = (
-    "its result has expired, nobody came back for it in time, or the scheduler was restarted without its journal or "
-    "with another model"
-)
-
-
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves users."""
 
-    def __init__(self, door: Door, engine: Engine, fleet: Fleet, scaling: ScalingLease, model: pb.Model) -> None:
+    def __init__(self, admission: Admission, engine: Engine, fleet: Fleet, model: pb.Model) -> None:
         """Serve `model`; what executors know of it is added when they join."""
-        self._scaling = scaling
-        self._door = door
+        self.admission = admission
         self._engine = engine
         self._fleet = fleet
         self._model = model
@@ -65,7 +42,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
-        reader = await self.accept(request, context)
+        reader = await self.admission.accept(request, Caller.of(context, "Generate"))
         accepted = reader.answer.request
         try:
             yield pb.GenerateResponse(request_id=accepted.request_id, prompt_token_count=accepted.prompt_count)
@@ -112,120 +89,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             model.end_token_ids.extend(limits.end_token_ids)
         model.executor_count = sum(member.link.is_attached for member in self._fleet.members.values())
         return pb.GetModelResponse(model=model)
-
-    async def accept(
-        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, *, wait: bool = False
-    ) -> Reader:
-        """Let a request in, or read one that is in already. Raises `RefusedError`; with `wait`, a full queue is waited
-        for instead.
-        """
-        received_at = time.monotonic()
-        try:
-            return await self._accept(message, context, received_at, wait=wait)
-        except RefusedError as error:
-            self.refused(error)
-            raise
-
-    def refused(self, error: RefusedError) -> RefusedError:
-        """Count a request that is not let in."""
-        self._engine.meter.note_refused(reason_of(error))
-        return error
-
-    async def _accept(
-        self,
-        message: pb.GenerateRequest,
-        context: grpc.aio.ServicerContext,
-        received_at: float,
-        *,
-        wait: bool,
-    ) -> Reader:
-        request_id = request_id_of(message)
-        positions = positions_of(message)
-        engine = self._engine
-        answer = await engine.known(request_id, content_hash(message)) if message.request_id else None
-        if answer is None and positions:
-            raise data_loss(request_id, _UNKNOWN)
-        if answer is None:
-            with engine.arrivals.arriving(request_id, received_at) as arrival:
-                try:
-                    answer = await self._let_in(message, arrival, context, wait=wait)
-                except RefusedError as error:
-                    self._turn_away(message, arrival, context, reason_of(error), error.message, wait=wait)
-                    raise
-                except asyncio.CancelledError:  # its caller is gone, or waits no longer
-                    reason = self._note_hung_up(context)
-                    text = f"the caller of request '{request_id}' has hung up before it was accepted ({reason})"
-                    self._turn_away(message, arrival, context, reason, text, wait=wait)
-                    raise
-        reader = engine.answers.read(answer, positions)
-        try:
-            await engine.durable()
-        except BaseException:
-            engine.answers.leave(reader)
-            raise
-        return reader
-
-    async def _let_in(
-        self, message: pb.GenerateRequest, arrival: Arrival, context: grpc.aio.ServicerContext, *, wait: bool
-    ) -> Answer:
-        if not wait:
-            self._engine.check_room(0)  # before the work of tokenizing
-        remaining_s = context.time_remaining()
-        deadline = math.inf if remaining_s is None else time.monotonic() + remaining_s
-        self._refuse_hopeless(arrival.request_id, deadline)
-        if self._fleet.limits is None and self._scaling.is_expected(time.monotonic()):
-            await self._wait_for_first_executor(arrival)
-        trace = self._engine.observer.tracing.accept(traceparent())
-        request, texts, terms = await self._door.request(
-            message, arrival.request_id, self._fleet.limits, deadline, trace, _method(wait=wait)
-        )
-        if wait:
-            await self._engine.wait_for_room(arrival, len(request.token_ids))
-        return self._engine.submit(request, texts, terms, arrival)
-
-    def _note_hung_up(self, context: grpc.aio.ServicerContext) -> str:
-        remaining_s = context.time_remaining()
-        reason = "deadline" if remaining_s is not None and remaining_s < _EARLY_S else "cancelled"
-        self._engine.meter.note_refused(reason)
-        return reason
-
-    def _turn_away(
-        self,
-        message: pb.GenerateRequest,
-        arrival: Arrival,
-        context: grpc.aio.ServicerContext,
-        reason: str,
-        text: str,
-        *,
-        wait: bool,
-    ) -> None:
-        """Let it be seen what became of a request that was held at the door in vain."""
-        if not arrival.held_for or reason not in _OUTCOMES:
-            return  # whoever is told at once what is wrong has nothing to ask
-        observer = self._engine.observer
-        trace = observer.tracing.accept(traceparent())
-        observer.on_turned_away(arrival, operation_of(message), _method(wait=wait), trace, _OUTCOMES[reason], text)
-
-    def _refuse_hopeless(self, request_id: str, deadline: float) -> None:
-        """Tell at once who cannot be served in time: the next executor is still to be started."""
-        now = time.monotonic()
-        wait_s = self._scaling.least_wait_s(now)
-        if wait_s and deadline < now + wait_s and not self._fleet.has_any:
-            raise RefusedError(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"request '{request_id}' has {max(0.0, deadline - now):.1f} s left, but no executor is there and the "
-                f"next one takes requests in {wait_s:.1f} s at the earliest; allow more time",
-            )
-
-    async def _wait_for_first_executor(self, arrival: Arrival) -> None:
-        """Hold a request that came before the first executor, as long as an autoscaler is there that will start one:
-        only executors know how many tokens the model takes. Raises `RefusedError` when it was cancelled meanwhile.
-        """
-        with self._engine.arrivals.held(arrival, Hold.EXECUTOR):
-            while not self._fleet.limits_known.is_set() and self._scaling.is_expected(time.monotonic()):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._fleet.limits_known.wait(), _LOOK_EVERY_S)
-                self._engine.check_arriving(arrival)
 
     async def whole(self, reader: Reader) -> pb.GenerateOutput:
         """Read an answer to its end. Raises `RefusedError` when it ends badly."""
@@ -286,17 +149,20 @@ class _Batch:
 
     async def _read(self) -> None:
         """Let one request in after the other: what the queue has no room for is not even read."""
-        answering: set[asyncio.Task[None]] = set()
+        admission, answering = self._service.admission, set[asyncio.Task[None]]()
         try:
             while await self._unwritten.acquire() and (message := await self._context.read()) is not grpc.aio.EOF:
                 if isinstance(message, Malformed):
-                    raise self._service.refused(message.error)
+                    raise admission.refused(message.error)
                 if message.index in self._seen:
-                    raise self._service.refused(invalid(f"index {message.index} was used twice in this batch"))
+                    raise self._service.admission.refused(
+                        invalid(f"index {message.index} was used twice in this batch")
+                    )
                 self._seen.add(message.index)
                 try:
                     message.request.ClearField("resume_from")  # outputs come whole
-                    reader = await self._service.accept(message.request, self._context, wait=True)
+                    caller = Caller.of(self._context, "GenerateBatch", waits=True)
+                    reader = await admission.accept(message.request, caller)
                 except RefusedError as error:
                     self._refuse(message.index, message.request.request_id, error)
                     continue
@@ -376,7 +242,3 @@ def _usage(answer: Answer) -> pb.Usage:
         recomputation_count=sum(max(0, choice.placement_count - 1) for choice in request.family),
         cached_prompt_token_count=request.reused_count,
     )
-
-
-def _method(*, wait: bool) -> str:
-    return "GenerateBatch" if wait else "Generate"

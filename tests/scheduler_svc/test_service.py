@@ -14,6 +14,7 @@ from executor_svc.config import ExecutorConfig
 from executor_svc.fake import FakeRunner, next_token
 from paceline.v1 import fleet_pb2, inference_pb2
 from scheduler_svc import wire
+from scheduler_svc.admission import Admission
 from scheduler_svc.scaling_lease import ScalingLease
 from scheduler_svc.service import InferenceService
 from tests.system import FAST, request, run_executor, started, until
@@ -217,9 +218,8 @@ async def test_a_batch_that_nobody_reads_stops_running(monkeypatch):
         accepted = []
         submit = system.app.engine.submit
         system.app.engine.submit = lambda made, *rest: accepted.append(made) or submit(made, *rest)
-        service = InferenceService(
-            system.app.door, system.app.engine, system.app.fleet, ScalingLease(), inference_pb2.Model()
-        )
+        admission = Admission(system.app.door, system.app.engine, system.app.fleet, ScalingLease())
+        service = InferenceService(admission, system.app.engine, system.app.fleet, inference_pb2.Model())
         call = UnreadCall(20)
         serving = asyncio.create_task(service.GenerateBatch(None, call))
         await until(lambda: len(accepted) == 5)
