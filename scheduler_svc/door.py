@@ -63,11 +63,7 @@ class Door:
         """Make a request of the message, and a stream of text for each of its choices. Raises `RefusedError`."""
         if limits is None:
             raise no_executor()
-        if message.model and message.model != self.model_name:
-            raise RefusedError(
-                grpc.StatusCode.NOT_FOUND,
-                f"model '{shown(message.model)}' is not served here; this server has '{self.model_name}'",
-            )
+        self._check_model(message)
         sampling = self._sampling(message.sampling)
         _check_stops(message.stopping.stop)
         _check_placing(message)
@@ -116,6 +112,13 @@ class Door:
             raise invalid(f"the chat template of '{self.model_name}' refuses these messages: {error}") from error
         stops = tuple(message.stopping.stop)
         return token_ids, [TextStream(self._tokenizer, stops) for _ in range(message.choice_count or 1)]
+
+    def _check_model(self, message: pb.GenerateRequest) -> None:
+        if message.model and message.model != self.model_name:
+            raise RefusedError(
+                grpc.StatusCode.NOT_FOUND,
+                f"model '{shown(message.model)}' is not served here; this server has '{self.model_name}'",
+            )
 
     def _check_prompt(self, message: pb.GenerateRequest, limits: ModelLimits) -> None:
         """What can be said about the prompt before it is tokenized. Cheap, however large it is."""
