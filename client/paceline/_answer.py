@@ -5,7 +5,7 @@ from grpc import RpcError, StatusCode
 from paceline._calls import Attempts
 from paceline._requests import choice_count, unpacked
 from paceline._tracing import CallSpan
-from paceline.errors import PacelineError, ServerError, error_of_call
+from paceline.errors import PacelineError, ServerError, ended_without_a_word, error_of_call
 from paceline.types import Choice, Chunk, FinishReason, Model, Output, Usage
 from paceline.v1 import inference_pb2 as pb
 
@@ -49,7 +49,7 @@ class _ChoiceSoFar:
 class Answer:
     """What has come of one request so far; the streams of both clients are this and a way to wait.
 
-    A call that breaks once its request was accepted is followed by another, which goes on where the answer so far ends.
+    A call that breaks is followed by another, which goes on where the answer so far ends.
     """
 
     def __init__(self, request: pb.GenerateRequest, attempts: Attempts, span: CallSpan) -> None:
@@ -59,6 +59,7 @@ class Answer:
         self._choice_count = choice_count(request)
         self._attempts = attempts
         self._is_accepted = False  # a first message came: the server runs the request also if this call breaks
+        self._is_awaited = False  # some call broke off without a word: the server may run it, and is worth patience
         self._is_answered = False  # a first message came in the present call
         self._is_over = False  # ended, failed or left: nothing more comes, and there is nothing to cancel
         self._choices: dict[int, _ChoiceSoFar] = {}  # by index, below `_choice_count`; there once a message came for it
@@ -140,7 +141,7 @@ class Answer:
         """Seconds to wait before the next call; raises the error of `failure` where there is none."""
         error = error_of_call(failure, self.request_id, self._note())
         try:
-            if not self._is_accepted:
+            if not self._is_accepted and not self._is_worth_patience(error):
                 return self._attempts.wait_s(error)
             if self._is_answered and error.code is not StatusCode.UNAVAILABLE:
                 raise error  # the server's last word on a request that it had taken
@@ -149,12 +150,17 @@ class Answer:
             self._is_over = True
             raise
 
+    def _is_worth_patience(self, error: PacelineError) -> bool:
+        """Whether to wait for a server that has not said yet that it has the request."""
+        self._is_awaited = self._is_awaited or ended_without_a_word(error)
+        return self._is_awaited and error.code is StatusCode.UNAVAILABLE and self._attempts.patience_s > 0
+
     def _note(self) -> str:
         """How far the answer had come, for the message of its error."""
-        if not self._is_accepted:
-            return ""
-        token_count = sum(len(choice.token_ids) for choice in self._choices.values())
         away_s = self._attempts.away_s
+        if not self._is_accepted:
+            return f" (after {away_s:.1f} s without the server)" if away_s else ""
+        token_count = sum(len(choice.token_ids) for choice in self._choices.values())
         return f" (after {token_count} tokens" + (f", then {away_s:.1f} s without the server)" if away_s else ")")
 
     def _leave(self) -> bool:

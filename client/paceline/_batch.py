@@ -14,6 +14,7 @@ from paceline.errors import (
     PacelineError,
     ServerError,
     at_prompt,
+    ended_without_a_word,
     error_of,
     error_of_number,
     reached_nobody,
@@ -59,6 +60,7 @@ class Batch:
         self._unanswered: dict[int, pb.GenerateRequest] = {}  # by index; disjoint from what has an outcome
         self._refusals: dict[int, PacelineError] = {}  # why the last attempt at an unanswered request failed
         self._is_reached = False  # some attempt got through to the server, which may run what it has not answered
+        self._is_awaited = False  # it, or who forwards to it, was there and broke off: it is worth patience
         self._is_given_up = False  # no further attempt is made
         refused: dict[int, PacelineError] = {}
         for index, prompt in enumerate(_checked(prompts)):
@@ -110,7 +112,7 @@ class Batch:
         if self.is_done:
             return 0.0
         try:
-            wait = self._attempts.wait_s(self._reason()) if failure is None else self._wait_after_break_s(failure)
+            wait = self._wait_or_raise_s(failure)
         except PacelineError as error:
             self._is_given_up = True
             for index, request in list(self._unanswered.items()):
@@ -128,16 +130,20 @@ class Batch:
             return next(iter(self._refusals.values()))
         return ServerError("the server ended the batch without answering this request")
 
-    def _wait_after_break_s(self, failure: PacelineError) -> float:
+    def _wait_or_raise_s(self, failure: PacelineError | None) -> float:
         """Seconds to wait before the next attempt; raises where there is none.
 
-        A server that was never reached is not worth the patience that is due to one that may have half of the batch.
+        A server that was never there is not worth the patience that is due to one that may have half of the batch. One
+        that is back after a break is, also while it refuses what is new, because its executors have yet to find it.
         """
-        was_reached = not reached_nobody(failure)
-        self._is_reached = self._is_reached or was_reached
-        if self._is_reached and failure.code is StatusCode.UNAVAILABLE and self._attempts.patience_s:
-            return self._attempts.wait_after_break_s(failure, was_answered=was_reached)
-        return self._attempts.wait_s(failure)
+        error = self._reason() if failure is None else failure
+        was_answered = not reached_nobody(error)
+        if failure is not None:
+            self._is_reached = self._is_reached or was_answered
+            self._is_awaited = self._is_awaited or self._is_reached or ended_without_a_word(failure)
+        if self._is_awaited and error.code is StatusCode.UNAVAILABLE and self._attempts.patience_s:
+            return self._attempts.wait_after_break_s(error, was_answered=was_answered)
+        return self._attempts.wait_s(error)
 
     def outcomes(self) -> list[Output | PacelineError]:
         """What came of each request, in the order of the prompts."""

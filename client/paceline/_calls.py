@@ -56,16 +56,17 @@ _RESUME = Backoff(first_s=0.1, max_s=2.0)  # somebody reads what broke off, and 
 class Attempts:
     """The attempts at one call: how much time is left, and whether there is another one.
 
-    What the server did not take is tried again up to `max_retries` times. What it had taken is worth more: there,
-    only the time counts that passes without the server, at most `patience_s` before something new comes.
+    What the server did not take is tried again up to `max_retries` times. What it had taken, or may have, is worth
+    more: there, only the time counts that passes without the server, at most `patience_s` before something new comes.
     """
 
     def __init__(self, timeout_s: float | None, max_retries: int, patience_s: float) -> None:
         self._deadline = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
         self._max_retries = max_retries
         self.patience_s = patience_s  # 0: what broke is not taken up again
-        self._retry_count = 0  # since the last progress
-        self._attempt_at = 0.0  # when the last attempt began that followed another
+        self._retry_count = 0  # since the last progress, like `_resume_count`
+        self._resume_count = 0  # apart from retries: a server that is back after an outage is due all of them
+        self._attempt_at = math.inf  # when the last attempt began that followed another; the first one counts nothing
         self.away_s = 0.0  # without the server since the last progress: waiting, or in attempts that it did not answer
 
     @property
@@ -92,22 +93,22 @@ class Attempts:
         """
         now = time.monotonic()
         if not was_answered:
-            self.away_s += now - self._attempt_at
+            self.away_s += max(0.0, now - self._attempt_at)
         if not is_retryable(error) or self.away_s >= self.patience_s:
             raise error
         if now >= self._deadline:
             message = f"the time-out was over before the server was back: {error.message}"
             raise TimedOut(message, grpc.StatusCode.DEADLINE_EXCEEDED, error.request_id) from error
         left_s = min(self.patience_s - self.away_s, self._deadline - now)
-        wait = min(_RESUME.wait_s(self._retry_count, error.retry_after_s, random.random()), left_s)
-        self._retry_count += 1
+        wait = min(_RESUME.wait_s(self._resume_count, error.retry_after_s, random.random()), left_s)
+        self._resume_count += 1
         self._attempt_at = now + wait
         self.away_s += wait
         return wait
 
     def note_progress(self) -> None:
         """Something was gained: all retries are left again, and all patience."""
-        self._retry_count = 0
+        self._retry_count = self._resume_count = 0
         self.away_s = 0.0
 
 

@@ -224,9 +224,10 @@ class AsyncClient:
     that every request asks for; None takes the one served there. `tenant` and `cache_salt` are those of every request
     that names none of its own. `timeout_s` holds for every call that names none of its own, over all of its attempts;
     None waits without limit. A call that meets a full or unreachable server is tried again up to `max_retries` times,
-    with growing waits. A request that the server had accepted survives a broken connection and a restart of the server:
-    it runs on unread for `detach_timeout_s`, and for as long its reader looks for the server again. With 0 it is
-    cancelled when its connection breaks, and the reader gets `Unavailable`.
+    with growing waits. A request that the server had accepted, or may have, survives a broken connection and a restart
+    of the server: it runs on unread for `detach_timeout_s`, and for as long its reader looks for the server again, also
+    through a port forwarder that answers meanwhile. With 0 it is cancelled when its connection breaks, and the reader
+    gets `Unavailable`.
     """
 
     def __init__(

@@ -12,9 +12,9 @@ Error               gRPC status             what to do
   AnswerLost        DATA_LOSS               send it again from the start, under another `request_id`
   ServerError       anything else           report it with `error.request_id`
 
-`Overloaded` and `Unavailable` have been retried for you, as often as `max_retries` and the time-out allowed. A stream
-that broke after the server had accepted its request was taken up again where it was, until the server had been away
-for `detach_timeout_s`, or the time-out was over. Every error is a `PacelineError`.
+`Overloaded` and `Unavailable` have been retried for you, as often as `max_retries` and the time-out allowed. What broke
+off without a word of the server, in the middle of an answer or before it, was taken up again where it was, until the
+server had been away for `detach_timeout_s`, or the time-out was over. Every error is a `PacelineError`.
 """
 
 # ruff: noqa: N818 - `except Overloaded` says it all
@@ -119,7 +119,9 @@ _TOO_LARGE = re.compile(r"^SERVER: Received message larger than max \((\d+) vs\.
 #   server.stop(), when its grace is over    UNAVAILABLE  Cancelling all calls
 #   half-open line, once keepalive notices   UNAVAILABLE  Stream removed (ping timeout)
 #   GOAWAY                                   UNAVAILABLE  Stream removed (… GOAWAY received; Error code: 0 …)
-#   nobody listens                           UNAVAILABLE  failed to connect to all addresses; …
+#   nobody listens                           UNAVAILABLE  failed to connect to all addresses; … refused
+#   a port forwarder whose server is away    UNAVAILABLE  failed to connect to all addresses; … Socket closed
+#   one that resets, one that hangs          UNAVAILABLE  … Connection reset by peer (104), … receiving SETTINGS frame
 #   a name that nobody knows                 UNAVAILABLE  errors resolving …
 #   a proxy with 429, 502, 503 or 504        UNAVAILABLE  Received http2 header with status: 502
 #   RST_STREAM of a proxy, code 8            CANCELLED    Stream removed (RST_STREAM (Received RST_STREAM …))
@@ -134,6 +136,10 @@ _BROKEN_LINE = re.compile(
 )
 _CODES_OF_A_BROKEN_LINE = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 _NO_CONNECTION = re.compile(r"failed to connect|errors resolving|DNS resolution failed")
+_WITHOUT_A_WORD = re.compile(
+    _BROKEN_LINE.pattern + r"|Socket closed|Cancelling all calls|Received http2 header with status: 50[234]"
+    r"|failed to connect.*(Socket closed|Connection reset|Broken pipe|receiving SETTINGS frame)"
+)
 
 _STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
@@ -172,8 +178,17 @@ def error_of_call(failure: grpc.RpcError, request_id: str = "", note: str = "") 
 
 
 def reached_nobody(error: PacelineError) -> bool:
-    """Whether a call failed before there was a connection, as when no server runs."""
+    """Whether a call failed before there was a connection to a server, as when none runs: the call was not sent."""
     return error.code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(error.message) is not None
+
+
+def ended_without_a_word(error: PacelineError) -> bool:
+    """Whether somebody took the connection, and then it ended without a word of the server.
+
+    Either the server may have the request, or a port forwarder or proxy stands before a server that is away. In both
+    cases the address is right, and what is there is worth waiting for.
+    """
+    return error.code is grpc.StatusCode.UNAVAILABLE and _WITHOUT_A_WORD.match(error.message) is not None
 
 
 def _retry_after_s(failure: grpc.RpcError) -> float | None:

@@ -15,6 +15,14 @@ _CHUNK_BYTES = 65536
 _RESET = None  # in the place of bytes: the connection broke
 
 
+class WhenAway(Enum):
+    """What happens to a new connection while nobody listens at the target."""
+
+    RESET = "reset"
+    CLOSE = "close"  # as port forwarders do: they find out after they took it
+    HANG = "hang"  # nothing, as where a firewall swallows what comes
+
+
 class Way(Enum):
     """A direction of a connection."""
 
@@ -50,9 +58,11 @@ class _Connection:
 class Proxy:
     """Listens on one address and carries every connection to another, as far as its faults let it."""
 
-    def __init__(self, target, address="127.0.0.1:0"):
+    def __init__(self, target, address="127.0.0.1:0", when_away=WhenAway.RESET):
         self.target = target  # where new connections are carried to; may be changed at any time
         self.address = address  # where it listens; has its real port once it is started
+        self.vain_count = 0  # connections that were taken while nobody listened at the target
+        self._when_away = when_away
         self._faults = {way: _Fault() for way in Way}
         self._connections = set()
         self._tasks = set()  # one for each connection, from before it is one
@@ -141,8 +151,11 @@ class Proxy:
             if self._refuses:
                 raise ConnectionRefusedError
             far_reader, far_writer = await _dial(self.target)
-        except (OSError, asyncio.CancelledError):
+        except asyncio.CancelledError:
             _reset(near_writer)
+            return
+        except OSError:
+            await self._disappoint(near_reader, near_writer)
             return
         connection = _Connection((near_writer, far_writer))
         self._connections.add(connection)
@@ -154,6 +167,18 @@ class Proxy:
         finally:
             self._connections.discard(connection)
             connection.reset()
+
+    async def _disappoint(self, reader, writer):
+        """There is nobody to carry a connection to."""
+        self.vain_count += 1
+        if self._refuses or self._when_away is WhenAway.RESET:
+            _reset(writer)
+            return
+        if self._when_away is WhenAway.HANG:
+            with suppress(OSError, asyncio.CancelledError):  # broken from there; or this proxy ends
+                while await reader.read(_CHUNK_BYTES):
+                    pass
+        writer.close()
 
     async def _carry(self, connection, way, reader, writer):
         """Carry the bytes of one direction to their end."""

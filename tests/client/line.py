@@ -9,13 +9,17 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Line:
-    """Forwards TCP connections to `target`, until something happens to them."""
+    """Forwards TCP connections to `target`, until something happens to them.
 
-    def __init__(self, target: str) -> None:
+    One that comes while nobody listens there is taken and closed, as port forwarders do, or left `hanging`.
+    """
+
+    def __init__(self, target: str, *, hanging: bool = False) -> None:
         self._server = target.rpartition(":")[0], int(target.rpartition(":")[2])
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._ends: list[socket.socket] = []  # two for each connection
+        self._hanging = hanging
+        self._ends: list[socket.socket] = []  # two for each connection, one where the server was away
         self._silent: set[socket.socket] = set()  # what comes out of these goes nowhere
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -41,7 +45,14 @@ class Line:
         with suppress(OSError):  # closed
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._server)
+                try:
+                    far = socket.create_connection(self._server)
+                except OSError:  # the server is away
+                    if self._hanging:
+                        self._ends.append(near)
+                    else:
+                        near.close()
+                    continue
                 self._ends += near, far
                 for ends in ((near, far), (far, near)):
                     threading.Thread(target=self._forward, args=ends, daemon=True).start()
