@@ -18,6 +18,9 @@ from paceline_cli.errors import CommandError, ExitCode, command_error
 from paceline_cli.flags import ExitWithParent, LogLevel, model_argument
 from scheduler_svc.config import SchedulerConfig
 
+FAKE_MODEL = "fake"
+"""Stands for no model in the place of a folder: executors make tokens up, and everything else is real."""
+
 ModelFolder = Annotated[str, model_argument("What `paceline prepare` printed, or 'fake'.", metavar="MODEL_FOLDER")]
 
 
@@ -60,7 +63,9 @@ def executor(
 
 
 def prepare(
-    source: Annotated[str, model_argument("Folder, GGUF file or hub id of a model, or 'smollm2'.", metavar="SOURCE")],
+    source: Annotated[
+        str, model_argument("Folder, GGUF file or hub id of a model; 'fake' stays what it is.", metavar="SOURCE")
+    ],
     exit_with_parent: ExitWithParent = False,
 ) -> None:
     """Make a serving folder of a model, once; prints its path.
@@ -71,6 +76,9 @@ def prepare(
     if exit_with_parent:
         parent.exit_with_parent()
         _prepare_for_parent(source)
+        return
+    if source == FAKE_MODEL:  # so that whoever is given a model need not know which
+        terminal.stdout().print(FAKE_MODEL)
         return
     console = terminal.stderr()
     with terminal.activity(console, f"Preparing {source}") as report:
@@ -128,7 +136,7 @@ def _refusals() -> Iterator[None]:
 
 def _check_folder(model: str) -> None:
     """Refuse at once what cannot be served: a supervisor does not try a wrong command line again."""
-    if model == "fake":
+    if model == FAKE_MODEL:
         return
     try:
         ServingFolder.open(model)
