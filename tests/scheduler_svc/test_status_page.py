@@ -161,6 +161,19 @@ def test_an_empty_scheduler_is_shown_as_one(browser, scheduler):
         assert not re.search("NaN|undefined|null|Infinity", page.inner_text("body"))
 
 
+@pytest.mark.parametrize("has_decided", [True, False])
+def test_an_autoscaler_without_prices_is_shown_as_one(browser, scheduler, has_decided):
+    """Few say what an executor costs: what is left out must leave nothing behind, least of all the word `false`."""
+    scheduler.overview.scaling.decision.ClearField("cost_per_hour")
+    if not has_decided:
+        scheduler.overview.scaling.ClearField("decision")
+    with opened(browser, scheduler) as page:
+        expect(page.locator("#scaling")).to_contain_text("2 ready, 1 starting")
+        expect(page.locator("#scaling")).to_contain_text("held by autoscale…de9a")
+
+        assert not re.search("cost|false|true|NaN|undefined|null", page.inner_text("#scaling"))
+
+
 def test_executors_show_what_they_do_and_where_a_step_goes(browser, scheduler):
     """A slow executor is told apart from a starved one by the phases of its steps, and the share of idle time."""
     with opened(browser, scheduler) as page:
