@@ -92,7 +92,7 @@ def _list_slowest(scheduler: ObservedScheduler) -> None:
         terminal.stdout().print("the scheduler knows of no request yet", style="dim")
         return
     slowest = sorted(requests, key=length_ms, reverse=True)[:_LISTED]
-    _print(listing(slowest, _WIDE))
+    _print(listing(slowest, _width()))
     note = f"the slowest {len(slowest)} of {len(requests):,}; `paceline trace ID` shows where the time of one went"
     terminal.stderr().print(f"\n[dim]{note}[/]")
 
@@ -101,8 +101,13 @@ def _show(request_id: str, otlp_json: str) -> None:
     from paceline_cli.sight.spans import tree_of
     from paceline_cli.sight.trace_view import waterfall
 
+    _print(waterfall(request_id, tree_of(otlp_json), _width()))
+
+
+def _width() -> int:
+    """Columns that there are."""
     console = terminal.stdout()
-    _print(waterfall(request_id, tree_of(otlp_json), console.width if console.is_terminal else _WIDE))
+    return console.width if console.is_terminal else _WIDE
 
 
 def _print(lines: list[Any]) -> None:

@@ -41,7 +41,7 @@ def executor_lines(overview: pb.GetOverviewResponse, width: int, height: int | N
     executors = list(overview.executors)
     title = Text.assemble(("executors", "bold"), (f" {len(executors)}", "dim"))
     if not executors:
-        return [title, Text("no executor has joined: whoever comes waits", style="yellow")]
+        return [title, Text(_none_means(overview), style="yellow")]
     room = len(executors) if height is None else max(1, height - 2)
     shown = executors if len(executors) <= room else executors[: max(1, room - 1)]
     bar_width = 10 if width < 100 else 16 if width < 160 else 24
@@ -84,3 +84,11 @@ def _state_of(overview: pb.ExecutorOverview) -> str:
     from paceline.v1 import fleet_pb2
 
     return fleet_pb2.ExecutorState.Name(overview.executor.state).removeprefix("EXECUTOR_STATE_").lower()
+
+
+def _none_means(overview: pb.GetOverviewResponse) -> str:
+    """What it means that there is no executor: a scheduler that has never seen one does not know what to let in."""
+    had_some = overview.requests or any(sample.ready_executor_count for sample in overview.history)
+    if had_some or overview.HasField("scaling"):
+        return "no executor is there: requests wait for the next one"
+    return "no executor has joined yet: `paceline executor` starts one"

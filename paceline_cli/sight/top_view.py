@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ROOMY = 34  # lines of a terminal from which on there is room for air and higher charts
 _CHART_GAP = 3
+_CLOCK = 16  # cells at the right of the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +82,18 @@ def _head(overview: pb.GetOverviewResponse, look: Look) -> Text:
     load = overview.load
     up_s = max(0, overview.at_unix_ms - overview.started_unix_ms) / 1000
     release = plain(overview.release)
-    left = Text.assemble(
-        ("paceline ", "dim"),
-        (plain(load.model) or "(no model)", "bold"),
-        (f"  {release} · up {age(up_s)} · ", "dim"),
-        _durability(overview, with_size=look.width >= 100),
-    )
+    model = Text.assemble(("paceline ", "dim"), (plain(load.model) or "(no model)", "bold"))
+    durability = Text(*_durability(overview, with_size=look.width >= 100))
+    left = Text.assemble(model, (f"  {release} · up {age(up_s)} · ", "dim"), durability)
+    if left.cell_len > look.width - _CLOCK:  # what may be bad news stays
+        left = Text.assemble(model, ("  ", ""), durability)
+    if left.cell_len > look.width - _CLOCK:
+        left = left[len("paceline ") :]
     state = ("paused", "bold yellow") if look.is_paused else ("live", "green")
     at = (f" {clock(overview.at_unix_ms)}", "dim")
     if look.trouble:
         state, at = ("of", "dim"), at
-    return spread(fitted(left, min(left.cell_len, look.width - 16)), Text.assemble(state, at), look.width)
+    return spread(fitted(left, min(left.cell_len, look.width - _CLOCK)), Text.assemble(state, at), look.width)
 
 
 def _durability(overview: pb.GetOverviewResponse, *, with_size: bool) -> tuple[str, str]:
@@ -128,7 +130,11 @@ class _Figure:
 def _figures(overview: pb.GetOverviewResponse, look: Look, is_roomy: bool) -> list[Text]:
     """The figures, with more about each below it if there is room."""
     figures = _figures_of(overview)
-    if not is_roomy:
+    tops = [Text.assemble(one.value, (f" {one.name}", "dim")) for one in figures]
+    mores = [Text(one.more, style="dim") for one in figures]
+    widths = [max(top.cell_len, more.cell_len) for top, more in zip(tops, mores, strict=True)]
+    air = min(6, (look.width - sum(widths)) // max(1, len(figures) - 1))
+    if not is_roomy or air < 2:
         names = [one.name.removesuffix(" token") for one in figures]
         parts = [
             Text.assemble((f"{name} ", "dim"), one.value, one.aside) for name, one in zip(names, figures, strict=True)
@@ -136,10 +142,6 @@ def _figures(overview: pb.GetOverviewResponse, look: Look, is_roomy: bool) -> li
         while len(parts) > 1 and Text("  ").join(parts).cell_len > look.width:
             parts.pop()
         return [fitted(Text("  ").join(parts), look.width)]
-    tops = [Text.assemble(one.value, (f" {one.name}", "dim")) for one in figures]
-    mores = [Text(one.more, style="dim") for one in figures]
-    widths = [max(top.cell_len, more.cell_len) for top, more in zip(tops, mores, strict=True)]
-    air = max(2, min(6, (look.width - sum(widths)) // max(1, len(figures) - 1)))
     rows = [
         Text(" " * air).join(fitted(cell, width) for cell, width in zip(row, widths, strict=True))
         for row in (tops, mores)
@@ -200,7 +202,7 @@ def _charts(overview: pb.GetOverviewResponse, look: Look, height: int) -> list[T
     shown = _chart_series(history)[: 4 if look.width >= 100 else 3 if look.width >= 60 else 1]
     width = (look.width - _CHART_GAP * (len(shown) - 1)) // len(shown)
     gap = " " * _CHART_GAP
-    titles = [fitted(title, width) for title, *_ in shown]
+    titles = [fitted(_without_name(title, width), width) for title, *_ in shown]
     drawn = [chart(lower, upper, ("", "") if look.mono else inks, (width, height)) for _, lower, upper, inks in shown]
     return [Text(gap).join(row) for row in [titles, *zip(*drawn, strict=True)]]
 
@@ -254,6 +256,11 @@ def _chart_series(history: Sequence[pb.FleetSample]) -> list[_Series]:
 def _scale(lower: list[float], upper: list[float], words: Callable[[float], str] = amount) -> tuple[str, str]:
     """What the top of a chart stands for."""
     return f"≤{words(max(map(sum, zip(lower, upper, strict=True))))}", "dim"
+
+
+def _without_name(title: Text, width: int) -> Text:
+    """A title that has no room without its first word: what it names says enough, and `wante…` does not."""
+    return title if title.cell_len <= width else title[title.plain.find(" ") + 1 :]
 
 
 def _title(name: str, *parts: tuple[str, str]) -> Text:

@@ -32,8 +32,9 @@ _BAD_EVENTS = (
     "executor lost",
     "preempted",
 )
-_LEAST_BAR, _LONGEST_NAME = 16, 30
+_LEAST_BAR, _SHORTEST_NAME, _LONGEST_NAME = 16, 8, 30
 _TIME = 10  # cells of a time
+_OUTCOME = 9  # cells of the longest one
 _NARROW = 72  # cells, below which there is no column for the time at which something began
 
 
@@ -87,7 +88,11 @@ def _one(request_id: str, root: Span, whole: Span, width: int) -> list[Text]:
     places = [shorten(span.executor_id or "scheduler", 14) for _, span in rows]
     place_cells = max(map(len, places))
     begun_cells = _TIME if width >= _NARROW else 0
-    bar_cells = max(_LEAST_BAR, width - name_cells - place_cells - begun_cells - _TIME - (6 if begun_cells else 5))
+    if name_cells + place_cells + begun_cells + _LEAST_BAR + _TIME + 6 > width:
+        place_cells = begun_cells = 0  # the account below names the places
+        name_cells = max(_SHORTEST_NAME, min(name_cells, width - _LEAST_BAR - _TIME - 4))
+    spaces = 4 + (place_cells > 0) + (begun_cells > 0)  # with those beside the bar
+    bar_cells = max(_LEAST_BAR, width - name_cells - place_cells - begun_cells - _TIME - spaces)
     axis = _Axis(root.begin_ns, root.end_ns, bar_cells)
     frame = _Frame(name_cells, place_cells, bar_cells, begun_cells)
     lines = [_title(request_id, root, width), Text(), frame.scale(axis)]
@@ -103,7 +108,7 @@ def _one(request_id: str, root: Span, whole: Span, width: int) -> list[Text]:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Columns: name, place, bar, when it began, how long it took."""
+    """Columns: name, place, bar, when it began, how long it took. One without cells is left out."""
 
     name_cells: int
     place_cells: int
@@ -113,7 +118,7 @@ class _Frame:
     def row(self, name: Text, place: str, bar: Text, begun: str, taken: str) -> Text:
         cells = [
             fitted(name, self.name_cells),
-            fitted(Text(place, style="dim"), self.place_cells),
+            *([fitted(Text(place, style="dim"), self.place_cells)] if self.place_cells else []),
             Text.assemble(("│", "bright_black"), fitted(bar, self.bar_cells), ("│", "bright_black")),
             *([fitted(Text(begun, style="dim"), self.begun_cells, right=True)] if self.begun_cells else []),
             fitted(Text(taken), _TIME, right=True),
@@ -173,19 +178,23 @@ def _told(root: Span, width: int) -> list[Text]:
 
 
 def listing(requests: Sequence[Any], width: int) -> list[Text]:
-    """Requests one below the other, with whole ids: these are what one asks for."""
+    """Requests one below the other, with whole ids: these are what one asks for. Columns move together to fit."""
     id_cells = max(len(plain(one.request_id)) for one in requests)
-    lines = [Text(f"{'request':<{id_cells}}  {'took':>9}  {'queue':>9}  {'prefill':>9}  {'decode':>9}  outcome", "dim")]
+    has_room = id_cells + 4 * (2 + _TIME) + 2 + _OUTCOME <= width
+    gap, cells = ("  ", _TIME - 1) if has_room else (" ", _TIME - 3)
+    heads = "".join(f"{gap}{name:>{cells}}" for name in ("took", "queue", "prefill", "decode"))
+    lines = [Text(f"{'request':<{id_cells}}{heads}  outcome", "dim")]
     for one in requests:
         spent = [0.0] * 5
         for phase in one.phases:
             spent[phase.stage] += phase.end_ms - phase.begin_ms
         total_ms = one.total_ms or sum(spent)
         most = max(spent[1:4])
-        line = Text(f"{plain(one.request_id):<{id_cells}}  {duration(total_ms / 1000):>9}")
+        line = Text(f"{plain(one.request_id):<{id_cells}}{gap}{duration(total_ms / 1000):>{cells}}")
         for part in spent[1:4]:
             is_most = part == most and part > 0.5 * total_ms
-            line.append(f"  {duration(part / 1000) if part else NOTHING:>9}", style="bold yellow" if is_most else "")
+            spent_words = duration(part / 1000) if part else NOTHING
+            line.append(f"{gap}{spent_words:>{cells}}", style="bold yellow" if is_most else "")
         is_bad = one.outcome in ("error", "deadline", "cut off")
         line.append(f"  {one.outcome or 'goes on'}", style="red" if is_bad else "dim")
         if one.error:

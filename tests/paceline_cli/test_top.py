@@ -178,8 +178,32 @@ def test_no_executor_says_what_that_means():
     """An empty table would look like a fault of the display."""
     overview = sample_overview()
     del overview.executors[:]
+    assert "no executor is there: requests wait for the next one" in shown(overview)
 
-    assert "no executor has joined: whoever comes waits" in shown(overview)
+    started = pb.GetOverviewResponse(at_unix_ms=overview.at_unix_ms)
+    assert "no executor has joined yet: `paceline executor` starts one" in shown(started)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+@pytest.mark.parametrize("height", [24, 50, None])
+def test_figures_are_whole_or_left_out(width, height):
+    """`1,319 of 12,288…` is no figure: where two lines of them do not fit, one does."""
+    lines = shown(sample_overview(), width=width, height=height).splitlines()
+    charts = next(number for number, line in enumerate(lines) if "running waiting" in line)
+    figures = [line for line in lines[1:charts] if line]
+
+    assert len(figures) in (1, 2)
+    assert not any("…" in line for line in figures)
+
+
+@pytest.mark.parametrize("width", [46, 50, 60, 80])
+def test_the_head_says_whether_anything_survives_before_it_says_since_when(width):
+    """A narrow pane beside an editor is where one looks at it most."""
+    overview = sample_overview()
+    overview.load.model = "SmolLM2-135M"
+
+    assert "✓" not in shown(overview, width=width).splitlines()[0]
+    assert " durable " in shown(overview, width=width).splitlines()[0]
 
 
 def test_a_scheduler_that_has_just_started_is_shown():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from google.protobuf.json_format import MessageToDict, ParseDict
+from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from typer.testing import CliRunner
 
 from paceline_cli.errors import ExitCode
@@ -151,6 +154,29 @@ def test_bars_stand_on_one_axis(width):
     assert bars[5].index("◆") == int(1.6 / 3.4 * cells)
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 64, 80])
+def test_how_long_it_took_is_in_sight_however_narrow_it_is(width):
+    """A column that is cut off at the right is the one that was asked for."""
+    lines = drawn(simple(), width)
+    heads = next(line for line in lines if line.endswith("took"))
+
+    assert "…" not in heads
+    assert [line.split("│")[2].split()[-1] for line in lines if "queue " in line and "│" in line] == ["s"]
+    assert max(map(len, lines)) <= width
+
+
+def test_the_slowest_fit_80_columns():
+    """Ids are whole, since they are to be copied, and a line that breaks is no table."""
+    overview = sample_overview()
+    for one in overview.requests:
+        one.request_id, one.error = f"req-{one.request_id:0<32}"[:36], ""
+    narrow = [line.plain.rstrip() for line in listing(overview.requests, 80)]
+    wide = [line.plain.rstrip() for line in listing(overview.requests, 120)]
+
+    assert max(map(len, narrow)) <= 80 < max(map(len, wide))
+    assert [line.split() for line in narrow] == [line.split() for line in wide]
+
+
 def test_the_account_says_where_the_time_went():
     """The answer to "why was this slow?" in a sentence; waiting behind a step is in that step's time already."""
     (root,) = tree_of(simple())
@@ -291,6 +317,53 @@ async def test_a_request_whose_executor_died_shows_both_attempts():
     assert f"on {name} and {other}" in result.stdout
     decodes = [line for line in result.stdout.splitlines() if line.startswith("  decode")]
     assert [line.split("│")[0].split()[-1] for line in decodes] == [name, other]
+
+
+def in_base64(value: Any) -> Any:
+    """OTLP/JSON as the JSON of protobuf: ids, which must be hexadecimal there, are in base64 here."""
+    if isinstance(value, list):
+        return [in_base64(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    for name in {"traceId", "spanId", "parentSpanId"} & value.keys():
+        assert len(value[name]) == (32 if name == "traceId" else 16)
+    return {
+        key: base64.b64encode(bytes.fromhex(one)).decode() if key.endswith("Id") else in_base64(one)
+        for key, one in value.items()
+    }
+
+
+def without_empty_lists(value: Any) -> Any:
+    """Without empty lists, which protobuf leaves out."""
+    if isinstance(value, list):
+        return [without_empty_lists(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: without_empty_lists(one) for key, one in value.items() if one != []}
+
+
+async def test_the_file_follows_the_rules_of_otlp_json_to_the_letter(tmp_path):
+    """Read strictly and written again by protobuf itself, a trace of everything there is comes out as it went in.
+
+    So no field has a name that nobody knows, 64-bit integers are texts, enums are numbers, and ids are hexadecimal.
+    """
+    file = tmp_path / "trace.json"
+    async with started(2, executor=SLOW) as system:
+        call = system.generate(
+            request("hello " * 10, 30, request_id="mine", seed=2**64 - 1, choice_count=2, ignore_eos=True)
+        )
+        reading = asyncio.create_task(read(call))
+        await until(lambda: any(one.running for one in system.scheduler.executors.values()))
+        (name, *_) = (one.executor_id for one in system.scheduler.executors.values() if one.running)
+        next(task for task in system.tasks if task.get_name() == name).cancel()
+        await reading
+        await trace(system, "mine", "--output", str(file))
+
+    data = in_base64(json.loads(file.read_text(), parse_constant=pytest.fail))
+    message = ParseDict(data, TracesData())
+    assert MessageToDict(message, use_integers_for_enums=True) == without_empty_lists(data)
+    names = {span.name for part in message.resource_spans for scope in part.scope_spans for span in scope.spans}
+    assert {"queue", "prefill", "decode"} <= names
 
 
 async def test_the_file_is_what_the_scheduler_said(tmp_path, monkeypatch):
