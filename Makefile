@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TOOLS := $(VENV)/protos/.ready $(VENV)/helm-bin/helm $(VENV)/chromium/chromium $(VENV)/prometheus/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak check format protos protos-baseline setup tools clean
+.PHONY: help run test soak check format protos protos-baseline pictures setup tools clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ protos-baseline: $(VENV)/.ready-dev  ## Hold later protos to these ones: when a 
 	rm -f protos/baseline/*.binpb
 	version=$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])'); \
 		$(BIN)/buf build protos --exclude-source-info -o protos/baseline/$$version.binpb
+
+pictures: $(VENV)/.ready-dev $(VENV)/chromium/chromium  ## Take the pictures of a running service in docs/images again
+	PYTHONPATH=. $(BIN)/python docs/images/take_pictures.py
 
 setup: $(VENV)/.ready-dev  ## Only set up the environment
 
