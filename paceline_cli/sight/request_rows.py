@@ -46,8 +46,11 @@ def request_lines(
 ) -> list[Text]:
     """A title, then a line for each request that there is room for."""
     load = overview.load
-    numbers = f" {load.running_request_count:,} running · {load.waiting_request_count:,} waiting · the last that ended"
+    numbers = f" {load.running_request_count:,} running · {load.waiting_request_count:,} waiting"
     title = Text.assemble(("requests", "bold"), (numbers, "dim"))
+    ended = Text(" · the last that ended", style="dim")
+    if title.cell_len + ended.cell_len <= width:
+        title.append_text(ended)
     has_door = any(phase.stage == _DOOR for one in overview.requests for phase in one.phases)
     title = spread(title, legend((_AT_DOOR, *STAGES) if has_door else STAGES, mono), width)
     if not overview.requests:

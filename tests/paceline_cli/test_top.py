@@ -196,6 +196,16 @@ def test_figures_are_whole_or_left_out(width, height):
     assert not any("…" in line for line in figures)
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_titles_are_whole_words(width):
+    """`the last that e…` and `wante…` look like faults of the display."""
+    lines = shown(sample_overview(), width=width).splitlines()
+    titles = [line for line in lines if line.startswith("requests 1") or "running waiting" in line]
+
+    assert len(titles) == 2
+    assert not any("…" in title for title in titles)
+
+
 @pytest.mark.parametrize("width", [46, 50, 60, 80])
 def test_the_head_says_whether_anything_survives_before_it_says_since_when(width):
     """A narrow pane beside an editor is where one looks at it most."""
