@@ -47,7 +47,7 @@ class Attachment:
     epoch: int
     scheduler_id: str
     resume: bool  # goes on with what the one before it left
-    outcomes: asyncio.Queue[Outcome] = field(default_factory=asyncio.Queue)
+    outcomes: asyncio.Queue[Outcome | None] = field(default_factory=asyncio.Queue)
     unanswered_count: int = 0
     over: bool = False  # its plans are not to be run any more
 
@@ -165,12 +165,14 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
     ) -> None:
         """Serve one attachment until either side ends it."""
         attachment = self._take_over(await _fenced(self._open(context), context))
-        tasks = [
-            asyncio.create_task(self._read_plans(attachment, context)),
-            asyncio.create_task(self._write_outcomes(attachment, context)),
-        ]
+        reader = asyncio.create_task(self._read_plans(attachment, context))
+        writer = asyncio.create_task(self._write_outcomes(attachment, context))
+        tasks = (reader, writer)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            # The status of a call must not meet a message that is being written: gRPC would send neither.
+            attachment.outcomes.put_nowait(None)
+            await asyncio.wait((writer,))
             for task in tasks:
                 if task.done():
                     await _fenced(task, context)
@@ -247,8 +249,7 @@ class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):
             self._thread.submit(attachment, message.plan)
 
     async def _write_outcomes(self, attachment: Attachment, context: grpc.aio.ServicerContext) -> None:
-        while True:
-            outcome = await attachment.outcomes.get()
+        while (outcome := await attachment.outcomes.get()) is not None:
             if isinstance(outcome, pb.Attached):
                 await context.write(self._message(attachment, attached=outcome))
                 continue

@@ -143,6 +143,17 @@ async def test_refuses_a_plan_that_was_meant_for_somebody_else(values):
         assert (await refusal(call))[0] is grpc.StatusCode.FAILED_PRECONDITION
 
 
+async def test_a_refusal_comes_also_while_a_message_is_written():
+    """gRPC sends neither a message nor a status where both are to go at once, and the scheduler would wait for ever."""
+    async with served() as stub:
+        for _ in range(50):
+            call = stub.Attach()
+            await call.write(attach_message())
+            await call.write(plan_message(first_plan(start(0, [1], [0])), epoch=6))
+
+            assert (await asyncio.wait_for(refusal(call), 20))[0] is grpc.StatusCode.FAILED_PRECONDITION
+
+
 async def test_an_attachment_that_dies_while_it_opens_leaves_nothing_behind():
     """A drain waits for the scheduler to detach; a stream that never opened must not be waited for."""
     async with served() as stub:
