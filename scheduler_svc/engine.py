@@ -26,8 +26,11 @@ from scheduler_svc.output_stream import OutputStream
 from scheduler_svc.recorder import Recorder, replay_output
 from scheduler_svc.refusals import cancelled, leaving, overloaded, too_large
 from scheduler_svc.text_stream import TextStream
+from scheduler_svc.waiting_times import WaitingTimes
 
 log = structlog.get_logger()
+
+EARLY_S = 0.1  # how long before its deadline a call may end because of it: the clocks of two machines differ
 
 
 class Link(Protocol):
@@ -67,9 +70,10 @@ class Engine:
         self.draining = False
         self._is_closed = False
         self._config = config
-        self.answers = AnswerBook(config.keep_results_s, self.cancel, recorder.forgotten)
+        self.answers = AnswerBook(config.keep_results_s, self._abandon, recorder.forgotten)
         self._recorder = recorder
         self._streams: dict[Request, OutputStream] = {}  # of every choice whose end was not told
+        self._waiting = WaitingTimes()
         self._links: dict[str, Link] = {}
         self._loop = asyncio.get_running_loop()
         self.arrivals = Arrivals(self.meter)
@@ -111,6 +115,7 @@ class Engine:
             self.meter.tell_at_once()
         self.answers.add(answer)
         self._streams.update(zip(request.family, answer.streams, strict=True))
+        self._waiting.note(request.family, answer.accepted_at)
         self._recorder.accepted(answer)
         self._watch_deadlines()
         self._pump()
@@ -127,14 +132,8 @@ class Engine:
         return self.scheduler.waiting_count + self.arrivals.held_count(Hold.EXECUTOR)
 
     def oldest_waiting_at(self) -> float | None:
-        """When the one that waits longest of those who wait was accepted; None: nobody waits."""
-        if not self.scheduler.waiting_count:
-            return None
-        for request in list(self._streams):  # in the order in which they were accepted
-            if request.state is RequestState.WAITING and not request.is_unforked:
-                answer = self.answers.get(request.request_id)  # it may have ended since, read from another thread
-                return answer.accepted_at if answer else None
-        return None
+        """Since when the one that waits longest does: accepted then, or off its executor; None: nobody waits."""
+        return self._waiting.oldest() if self.scheduler.waiting_count else None
 
     async def durable(self) -> None:
         """Wait until everything that has happened up to now is written down."""
@@ -167,6 +166,7 @@ class Engine:
                 self._recorder.ended(answer, choice)
             del stream.token_ids[output_count:]
             stream.end(reason, now if answer.known_end is None else answer.known_end)
+        self._waiting.note(answer.request.family, now)
         if not answer.has_ended:
             self.observer.on_accepted(answer, is_restored=True)
         if answer.has_ended:
@@ -218,14 +218,19 @@ class Engine:
         elif (request := self.scheduler.get(request_id)) is not None:
             self.cancel(request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request that nobody wants any more; its answer, if somebody still reads it, says so."""
         if request.has_ended:
             return
         ending = [choice for choice in request.family if choice.state is not RequestState.FINISHED]
-        self.scheduler.cancel(request)
+        self.scheduler.cancel(request, reason)
         self._tell_ends(ending)
         self._pump()
+
+    def _abandon(self, request: Request) -> None:
+        """Nobody reads it any more. Is its deadline over, or nearly? That has ended the call, before the timer rang."""
+        is_late = time.monotonic() > request.deadline - EARLY_S
+        self.cancel(request, FinishReason.DEADLINE if is_late else FinishReason.CANCELLED)
 
     def _watch_deadlines(self) -> None:
         """Have the timer ring when a deadline passes, or cannot be met any more."""
@@ -300,6 +305,7 @@ class Engine:
         ):
             self._links.pop(executor_id, None)
             lost = self.scheduler.lose(executor_id, died=died, may_return=may_return)
+            self._waiting.note(lost, time.monotonic())
             loss = Loss.CUT_OFF if may_return else Loss.LOST
             self.observer.on_lost(lost, executor_id, time.monotonic(), loss)
             if not may_return:  # else it may be back before that is news
@@ -351,7 +357,9 @@ class Engine:
 
     def _note_preempted(self, cause: str) -> None:
         if self.scheduler.preempted:
-            self.observer.on_preempted(self.scheduler.preempted, time.monotonic(), cause)
+            now = time.monotonic()
+            self.observer.on_preempted(self.scheduler.preempted, now, cause)
+            self._waiting.note(self.scheduler.preempted, now)
             self.scheduler.preempted.clear()
 
     def _plan_and_tell(self, link: Link, step: int, outputs: Outputs) -> None:
@@ -440,6 +448,7 @@ class Engine:
         stream = self._streams.pop(request, None)
         if stream is None:
             return
+        self._waiting.forget(request)
         assert request.finish_reason is not None
         now = time.monotonic()
         stream.end(request.finish_reason, now)

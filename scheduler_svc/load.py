@@ -19,7 +19,7 @@ def load_of(model: str, fleet: Fleet, engine: Engine, watcher: LoadWatcher) -> f
     executors = list(scheduler.executors.values())
     taking = [executor for executor in executors if not executor.draining]
     backlog = load.backlog(scheduler)
-    oldest_at = engine.arrivals.held_since(Hold.EXECUTOR) or engine.oldest_waiting_at()
+    waits = (engine.arrivals.held_since(Hold.EXECUTOR), engine.oldest_waiting_at())
     prompt_count, output_count = meter.mean_lengths
     members = sorted(fleet.members.values(), key=lambda member: member.joined.executor_id)
     return fleet_pb2.WatchLoadResponse(
@@ -27,7 +27,7 @@ def load_of(model: str, fleet: Fleet, engine: Engine, watcher: LoadWatcher) -> f
         epoch=fleet.epoch,
         waiting_request_count=engine.waiting_count,
         waiting_token_count=scheduler.waiting_token_count,
-        oldest_waiting_ms=0 if oldest_at is None else max(0, round(1000 * (now - oldest_at))),
+        oldest_waiting_ms=max((round(1000 * (now - since)) for since in waits if since is not None), default=0),
         running_request_count=sum(len(executor.running) for executor in executors),
         running_token_count=sum(load.running_token_count(executor) for executor in executors),
         backlog_token_count=backlog.token_count,

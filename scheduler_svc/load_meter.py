@@ -119,7 +119,7 @@ class LoadMeter:
         self.generated_token_count = 0
         self.computed_token_count = 0
         self.reused_token_count = 0
-        self.ended_prompt_token_count = 0
+        self.placed_prompt_token_count = 0  # of requests that have ended: what may have been reused
         self.recomputed_token_count = 0
         self.preemption_count = 0
         self.door = LatencyMeter()  # held there before it was accepted, or given up; who was not held is not in it
@@ -178,15 +178,18 @@ class LoadMeter:
         prompt_count: int,
         output_counts: Sequence[int],
         reused_count: int,
+        was_placed: bool,
         decoding_s: float,
         total_s: float,
         outcome: str,
         trace_id: str = "",
     ) -> None:
-        """A request has ended, `decoding_s` after its first token; `output_counts` are those of its choices."""
+        """A request has ended, `decoding_s` after its first token; `output_counts` are those of its choices. One that
+        was not placed has had nothing looked up in a cache.
+        """
         self.note_outcome(outcome)
         self.reused_token_count += reused_count
-        self.ended_prompt_token_count += prompt_count
+        self.placed_prompt_token_count += prompt_count if was_placed else 0
         self.whole.note(now, total_s, trace_id)
         self.prompt_sizes.note(prompt_count)
         for size in output_counts:

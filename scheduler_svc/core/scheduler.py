@@ -163,10 +163,10 @@ class Scheduler:
         self.finish(request, request.output_count, reason, error)
         return [choice for choice in choices if choice.state is RequestState.FINISHED]
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request that nobody wants any more, with all its choices."""
         for choice in request.family:
-            self.finish(choice, choice.output_count, FinishReason.CANCELLED)
+            self.finish(choice, choice.output_count, reason)
 
     # --- deadlines ----------------------------------------------------------------------------------------------
 

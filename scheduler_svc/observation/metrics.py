@@ -198,8 +198,8 @@ def _counts(meter: LoadMeter) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "paceline_prompt_tokens_placed",
-        "Prompt tokens of requests that have ended: what paceline_tokens_reused_total is a part of.",
-        meter.ended_prompt_token_count,
+        "Prompt tokens of requests that were placed and have ended: what paceline_tokens_reused_total is a part of.",
+        meter.placed_prompt_token_count,
     )
 
 

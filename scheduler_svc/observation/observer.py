@@ -224,6 +224,7 @@ class Observer:
             prompt_count=summary.prompt_count,
             output_counts=summary.output_counts,
             reused_count=summary.reused_count,
+            was_placed=bool(timeline.attempts),
             decoding_s=now - first_token_at if first_token_at is not None else 0.0,
             total_s=now - timeline.received_at,
             outcome=summary.outcome,

@@ -48,10 +48,10 @@ class VllmMetrics(Collector):
         ):
             yield self._gauge(name, text, value)
         yield self._cache_config()
-        yield self._counter("prompt_tokens", "Number of prefill tokens.", meter.ended_prompt_token_count)
+        yield self._counter("prompt_tokens", "Number of prefill tokens.", meter.placed_prompt_token_count)
         yield self._counter("generation_tokens", "Number of generation tokens.", load.generated_token_count)
         yield self._counter("num_preemptions", "Number of preemptions.", meter.preemption_count)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", meter.ended_prompt_token_count)
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", meter.placed_prompt_token_count)
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", load.reused_token_count)
         yield self._endings()
         for name, text, times in (

@@ -143,13 +143,32 @@ async def test_a_request_that_moves_shows_both_executors(receiver):
 
 async def test_a_request_that_fails_is_recorded_although_nobody_asked_for_it(receiver):
     """Errors are what people look for; sampling must not lose them."""
-    async with started(executor=SLOW, otlp_endpoint=receiver.endpoint, trace_requests=3.0, policy="fifo") as system:
+    message = request("hello", 200, request_id="late", detach_timeout_s=60)  # the service's own clock ends it
+    async with started(executor=SLOW, otlp_endpoint=receiver.endpoint, trace_requests=0, policy="fifo") as system:
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await read(system, request("hello", 200, request_id="late"), timeout=0.5)
+            await read(system, message, timeout=0.5)
         (root,) = await received(system, receiver, "late")
 
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert root.attributes["gen_ai.response.finish_reasons"] in (["deadline"], ["cancelled"])
+    assert root.attributes["gen_ai.response.finish_reasons"] == ["deadline"]
+
+
+async def test_a_deadline_that_passes_while_it_runs_shows_how_far_it_came(receiver):
+    """A time-out is asked about by who has waited it out: the trace says that it ran, and what took the time."""
+    message = request("hello", 200, request_id="late", ignore_eos=True, detach_timeout_s=60)
+    async with started(executor=SLOW, otlp_endpoint=receiver.endpoint) as system:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read(system, message, timeout=2.0)
+        (root,) = await received(system, receiver, "late")
+
+    check_tree(root)
+    assert [child.name for child in root.children if child.name != "door"] == ["queue", "prefill", "decode"]
+    assert root.child("decode").seconds > 0
+    assert root.events == ["first token"]
+    assert 0 < root.attributes["gen_ai.usage.output_tokens"] < 200
+    assert root.attributes["gen_ai.response.finish_reasons"] == ["deadline"]
+    assert root.attributes["rpc.response.status_code"] == root.attributes["error.type"] == "DEADLINE_EXCEEDED"
+    assert (root.span.status.code, root.span.status.message) == (2, "deadline")
 
 
 class PoisonedRunner(FakeRunner):

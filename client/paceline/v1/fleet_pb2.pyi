@@ -532,7 +532,9 @@ class WatchLoadResponse(_message.Message):
     waiting_token_count: _builtins.int
     """Known tokens of these, reusable ones included."""
     oldest_waiting_ms: _builtins.int
-    """Milliseconds for which the oldest of them has waited. 0: nobody waits."""
+    """Milliseconds for which one of them has waited longest: since it was accepted or, if it has run before, since it lost
+    its place. 0: nobody waits.
+    """
     running_request_count: _builtins.int
     """Requests placed on executors."""
     running_token_count: _builtins.int
