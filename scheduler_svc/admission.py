@@ -10,23 +10,27 @@ from dataclasses import dataclass
 
 import grpc
 
-from common.errors import RefusedError
+from common.errors import RefusedError, shown
 from paceline.v1 import inference_pb2 as pb
 from scheduler_svc.answers import Answer, Reader, data_loss
 from scheduler_svc.arrivals import Arrival, Hold
 from scheduler_svc.door import Door, content_hash, operation_of, positions_of, request_id_of
-from scheduler_svc.engine import Engine
+from scheduler_svc.engine import EARLY_S, Engine
 from scheduler_svc.fleet import Fleet
-from scheduler_svc.interceptors import traceparent
-from scheduler_svc.refusals import reason_of
+from scheduler_svc.interceptors import FailedError, mistake, traceparent
+from scheduler_svc.refusals import hung_up, reason_of
 from scheduler_svc.scaling_lease import ScalingLease
 
 _LOOK_EVERY_S = 0.1  # whether an autoscaler is still there, and somebody still wants the answer
 
 # How a request that was turned away at the door would have ended, had it been accepted.
-_OUTCOMES = {"cancelled": "cancelled", "deadline": "deadline", "leaving": "cut off", "no_executor": "cut off"}
-
-_EARLY_S = 0.1  # how long before its deadline a call may end because of it: the clocks of two machines differ
+_OUTCOMES = {
+    "cancelled": "cancelled",
+    "deadline": "deadline",
+    "leaving": "cut off",
+    "no_executor": "cut off",
+    "internal": "error",
+}
 
 _UNKNOWN = (
     "its result has expired, nobody came back for it in time, or the scheduler was restarted without its journal or "
@@ -60,19 +64,29 @@ class Admission:
         self._scaling = scaling
 
     async def accept(self, message: pb.GenerateRequest, caller: Caller) -> Reader:
-        """Let a request in, or read one that is in already. Raises `RefusedError`."""
-        received_at = time.monotonic()
+        """Let a request in, or read one that is in already. Raises `RefusedError`, or `FailedError` for a mistake of
+        ours.
+        """
+        trace = self._engine.observer.tracing.accept(traceparent())
+        arrival = Arrival(shown(message.request_id), time.monotonic(), trace, operation_of(message), caller.method)
         try:
-            request_id, positions = request_id_of(message), positions_of(message)
-            answer = await self._engine.known(request_id, content_hash(message)) if message.request_id else None
-            if answer is None and positions:
-                raise data_loss(request_id, _UNKNOWN)
-            if answer is None:
-                answer = await self._arrive(message, request_id, received_at, caller)
-            return await self._read(answer, positions)
+            return await self._accept(message, arrival, caller)
         except RefusedError as error:
-            self.refused(error)
+            self._turn_away(arrival, error)
             raise
+        except Exception as error:
+            self._turn_away(arrival, mistake(f"request '{arrival.request_id}'", error))
+            raise FailedError(arrival.request_id, trace.trace_id.hex()) from error
+
+    async def _accept(self, message: pb.GenerateRequest, arrival: Arrival, caller: Caller) -> Reader:
+        request_id, positions = request_id_of(message), positions_of(message)
+        arrival.request_id = request_id
+        answer = await self._engine.known(request_id, content_hash(message)) if message.request_id else None
+        if answer is None and positions:
+            raise data_loss(request_id, _UNKNOWN)
+        if answer is None:
+            answer = await self._arrive(message, arrival, caller)
+        return await self._read(answer, positions)
 
     def refused(self, error: RefusedError) -> RefusedError:
         """Count a request that is not let in."""
@@ -89,19 +103,14 @@ class Admission:
             raise
         return reader
 
-    async def _arrive(self, message: pb.GenerateRequest, request_id: str, received_at: float, caller: Caller) -> Answer:
-        """Let it in; if that comes to nothing after it was held, let that be seen."""
-        with self._engine.arrivals.arriving(request_id, received_at) as arrival:
+    async def _arrive(self, message: pb.GenerateRequest, arrival: Arrival, caller: Caller) -> Answer:
+        """Let it in, unless its caller hangs up before that."""
+        with self._engine.arrivals.arriving(arrival):
             try:
                 return await self._let_in(message, arrival, caller)
-            except RefusedError as error:
-                self._turn_away(message, arrival, caller, reason_of(error), error.message)
-                raise
             except asyncio.CancelledError:
-                reason = "deadline" if time.monotonic() > caller.deadline - _EARLY_S else "cancelled"
-                self._engine.meter.note_refused(reason)
-                text = f"the caller of request '{request_id}' has hung up before it was accepted ({reason})"
-                self._turn_away(message, arrival, caller, reason, text)
+                is_late = time.monotonic() > caller.deadline - EARLY_S
+                self._turn_away(arrival, hung_up(arrival.request_id, is_late=is_late))
                 raise
 
     async def _let_in(self, message: pb.GenerateRequest, arrival: Arrival, caller: Caller) -> Answer:
@@ -110,20 +119,20 @@ class Admission:
         self._refuse_hopeless(arrival.request_id, caller.deadline)
         if self._fleet.limits is None and self._scaling.is_expected(time.monotonic()):
             await self._wait_for_first_executor(arrival)
-        trace = self._engine.observer.tracing.accept(traceparent())
         request, texts, terms = await self._door.request(
-            message, arrival.request_id, self._fleet.limits, caller.deadline, trace, caller.method
+            message, arrival.request_id, self._fleet.limits, caller.deadline, arrival.trace, caller.method
         )
         if caller.waits:
             await self._engine.wait_for_room(arrival, len(request.token_ids))
         return self._engine.submit(request, texts, terms, arrival)
 
-    def _turn_away(self, message: pb.GenerateRequest, arrival: Arrival, caller: Caller, reason: str, text: str) -> None:
-        if not arrival.held_for or reason not in _OUTCOMES:
-            return  # whoever is told at once what is wrong has nothing to ask
-        observer = self._engine.observer
-        trace = observer.tracing.accept(traceparent())
-        observer.on_turned_away(arrival, operation_of(message), caller.method, trace, _OUTCOMES[reason], text)
+    def _turn_away(self, arrival: Arrival, error: RefusedError) -> None:
+        """Count a request that is not let in, and let it be seen."""
+        reason, observer = reason_of(self.refused(error)), self._engine.observer
+        if reason == "internal" or (arrival.held_for and reason in _OUTCOMES):
+            observer.on_turned_away(arrival, _OUTCOMES[reason], error.message)
+        else:  # whoever is told at once what is wrong has nothing to ask
+            observer.on_refused(arrival, error, reason)
 
     def _refuse_hopeless(self, request_id: str, deadline: float) -> None:
         """Tell at once who cannot be served in time: the next executor is still to be started."""

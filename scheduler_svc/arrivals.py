@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
+from scheduler_svc.core.request import TraceContext
 from scheduler_svc.load_meter import LoadMeter
 from scheduler_svc.refusals import cancelled
 
@@ -26,6 +27,9 @@ class Arrival:
 
     request_id: str
     received_at: float  # on the clock of the event loop
+    trace: TraceContext  # its own span's, whatever becomes of it
+    operation: str = "text_completion"  # as traces name it: that, or `chat`
+    method: str = "Generate"  # the call that it came with
     held_for: tuple[str, ...] = ()  # what it had to wait for, one after the other
     is_cancelled: bool = False
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -41,13 +45,13 @@ class Arrivals:
         self._held: dict[Hold, dict[Arrival, float]] = {hold: {} for hold in Hold}  # since when, the oldest first
 
     @contextmanager
-    def arriving(self, request_id: str, received_at: float) -> Iterator[Arrival]:
-        """Hold an id whose request is nowhere yet, so that it can be cancelled at the door."""
-        arrival = self._arrivals[request_id] = Arrival(request_id, received_at)
+    def arriving(self, arrival: Arrival) -> Iterator[None]:
+        """Keep a request that is nowhere yet, so that it can be found, and cancelled, at the door."""
+        self._arrivals[arrival.request_id] = arrival
         try:
-            yield arrival
+            yield
         finally:
-            del self._arrivals[request_id]
+            del self._arrivals[arrival.request_id]
             arrival.is_over.set()
 
     @contextmanager
@@ -77,6 +81,15 @@ class Arrivals:
         if arrival is not None:
             arrival.is_cancelled = True
         return arrival is not None
+
+    def get(self, request_id: str) -> Arrival | None:
+        """The request of that id, if it is at the door."""
+        return self._arrivals.get(request_id)
+
+    def all_held(self) -> list[Arrival]:
+        """Everybody who is held, whatever for, the oldest first."""
+        held = [arrival for hold in self._held.values() for arrival in hold]
+        return sorted(held, key=lambda arrival: arrival.received_at)
 
     def held_count(self, *holds: Hold) -> int:
         """How many are held for one of these."""

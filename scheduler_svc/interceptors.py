@@ -18,6 +18,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from common.errors import RefusedError, abort, invalid
+from common.tracing import parse_traceparent
 
 log = structlog.get_logger()
 
@@ -42,6 +43,25 @@ class ReadContext(grpc.aio.ServerInterceptor):
         header = dict(handler_call_details.invocation_metadata or ()).get("traceparent")
         _traceparent.set(header if isinstance(header, str) else None)
         return await continuation(handler_call_details)
+
+
+class FailedError(Exception):
+    """A mistake of ours, and the request that it happened to. Its cause is what went wrong."""
+
+    def __init__(self, request_id: str, trace_id: str) -> None:
+        """Say by which ids the log has it."""
+        super().__init__(f"request '{request_id}' failed")
+        self.request_id = request_id
+        self.trace_id = trace_id
+
+
+def mistake(at: str, error: BaseException) -> RefusedError:
+    """What others may know of a mistake of ours at something: what it trips over may be what another user has sent."""
+    return RefusedError(
+        grpc.StatusCode.INTERNAL,
+        f"the scheduler failed at {at} with a {type(error).__name__}, which is a mistake of its own; its log has the "
+        "reason",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +156,19 @@ class _Told:
             return
         if isinstance(error, RefusedError):
             await abort(self._context, error)
-        log.error("call failed", traceparent=traceparent(), exc_info=error)
-        await self._context.abort(
-            grpc.StatusCode.INTERNAL,
-            f"the scheduler failed at this call with a {type(error).__name__}, which is a mistake of its own; its log "
-            "has the reason",
-        )
+        cause = error.__cause__ or error if isinstance(error, FailedError) else error
+        request_id, trace_id = _ids_of(error)
+        log.error("call failed", request_id=request_id, trace_id=trace_id, traceparent=traceparent(), exc_info=cause)
+        await abort(self._context, mistake("this call", cause))
+
+
+def _ids_of(error: Exception) -> tuple[str, str]:
+    """The request and the trace in which something went wrong; "" where that is not known."""
+    if isinstance(error, FailedError):
+        return error.request_id, error.trace_id
+    header = traceparent()
+    parsed = parse_traceparent(header) if header else None
+    return "", parsed[0].hex() if parsed else ""
 
 
 def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -14,6 +14,7 @@ REASONS = (
     "deadline",  # passed at the door, or too early for the next executor
     "cancelled",  # at the door: by id, or by a caller who has hung up
     "lost",  # what it wants to go on with is not known any more
+    "internal",  # by a mistake of ours, which the log has
     "other",
 )
 """Every reason there is: a label of a metric."""
@@ -27,6 +28,7 @@ _BY_CODE = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
     grpc.StatusCode.CANCELLED: "cancelled",
     grpc.StatusCode.DATA_LOSS: "lost",
+    grpc.StatusCode.INTERNAL: "internal",
 }
 
 
@@ -49,6 +51,12 @@ def no_executor() -> RefusedError:
 def cancelled(request_id: str) -> RefusedError:
     """Somebody has cancelled it."""
     return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request_id}' was cancelled")
+
+
+def hung_up(request_id: str, *, is_late: bool) -> RefusedError:
+    """Its caller has gone before it was accepted: because of its deadline, or for reasons of their own."""
+    code, why = (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline") if is_late else (grpc.StatusCode.CANCELLED, "cancelled")
+    return RefusedError(code, f"the caller of request '{request_id}' has hung up before it was accepted ({why})")
 
 
 def leaving() -> RefusedError:

@@ -16,7 +16,8 @@ from scheduler_svc.answers import Answer, Piece, Reader
 from scheduler_svc.core.request import FinishReason
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
-from scheduler_svc.interceptors import Malformed
+from scheduler_svc.interceptors import FailedError, Malformed
+from scheduler_svc.observation.observer import log_ids
 from scheduler_svc.output_stream import OutputStream
 
 _BATCH_REQUESTS = 1024
@@ -57,6 +58,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     if piece.token_ids:
                         yield _response(reader, stream, piece)
                 raise failure
+        except (RefusedError, grpc.aio.BaseError):
+            raise
+        except Exception as error:
+            raise FailedError(**log_ids(accepted)) from error
         finally:
             self._engine.answers.leave(reader)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from common.errors import RefusedError
 from common.spans import Origin, Span, SpanLink
 from scheduler_svc.answers import Answer
 from scheduler_svc.arrivals import Arrival
@@ -19,6 +20,7 @@ from scheduler_svc.core.executor import Executor
 from scheduler_svc.core.plan import Chunk, NewRequest, Plan
 from scheduler_svc.core.request import Request, RequestState, TraceContext
 from scheduler_svc.load_meter import LoadMeter
+from scheduler_svc.observation.refusal_spans import refusal_span
 from scheduler_svc.observation.request_facts import content_of, facts_of, facts_of_call
 from scheduler_svc.observation.request_spans import RequestSpans, phase_spans
 from scheduler_svc.observation.step_meter import StepMeter
@@ -122,6 +124,24 @@ class Observer:
         """The trace of a request, as far as it goes, for whoever asks: without what was said in it."""
         return self._spans.of(timeline, self._clock())
 
+    def at_door(self, arrival: Arrival) -> Timeline:
+        """The timeline of a request that is not accepted, as far as it goes."""
+        return Timeline(
+            request_id=arrival.request_id,
+            trace=arrival.trace,
+            received_at=arrival.received_at,
+            accepted_at=self._clock(),
+            facts=facts_of_call(arrival.operation, arrival.method, self._model),
+            choice_count=1,
+            tenant="",
+            max_output_count=0,
+            answer=None,
+            wall_ns=self._wall_ns,
+            held_for=arrival.held_for,
+            is_accepted=False,
+            summary=Summary(0, 0, (), None),
+        )
+
     @property
     def _wall_ns(self) -> int:
         return time.time_ns() - round(self._clock() * 1e9)
@@ -159,29 +179,24 @@ class Observer:
         self.meter.note_arrived(request.prompt_count)
 
     @_harmless
-    def on_turned_away(
-        self, arrival: Arrival, operation: str, method: str, trace: TraceContext, outcome: str, error: str
-    ) -> None:
-        """A request was held at the door in vain; `outcome` is that of a request that had been accepted then."""
-        now = self._clock()
-        timeline = Timeline(
-            request_id=arrival.request_id,
-            trace=trace,
-            received_at=arrival.received_at,
-            accepted_at=now,
-            facts=facts_of_call(operation, method, self._model),
-            choice_count=1,
-            tenant="",
-            max_output_count=0,
-            answer=None,
-            wall_ns=self._wall_ns,
-            held_for=arrival.held_for,
-            ended_at=now,
-            summary=Summary(0, 0, (), None, (outcome,), error),
-        )
+    def on_turned_away(self, arrival: Arrival, outcome: str, error: str) -> None:
+        """A request was held at the door in vain, or failed there; `outcome` is that of a request that had been
+        accepted then.
+        """
+        if arrival.request_id in self._live:
+            return  # what failed came after its acceptance: its end is still to be told
+        timeline = self.at_door(arrival)
+        timeline.ended_at, timeline.summary = timeline.accepted_at, Summary(0, 0, (), None, (outcome,), error)
         self._ended.append(timeline)
-        if self.tracing.is_recorded(trace, failed=outcome in _FAILED):
-            self.tracing.send(self._spans.of(timeline, now))
+        if self.tracing.is_recorded(arrival.trace, failed=outcome in _FAILED):
+            self.tracing.send(self._spans.of(timeline, timeline.ended_at))
+
+    @_harmless
+    def on_refused(self, arrival: Arrival, error: RefusedError, reason: str) -> None:
+        """A request was refused at once, which is remembered in its caller's trace only."""
+        if self.tracing.is_refusal_recorded(arrival.trace):
+            timeline = self.at_door(arrival)
+            self.tracing.send([refusal_span(timeline, error, reason, self._origin)])
 
     def _note_first_token(self, timeline: Timeline, now: float) -> None:
         answer = timeline.answer

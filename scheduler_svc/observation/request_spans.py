@@ -52,6 +52,8 @@ class RequestSpans:
         if timeline.has_waited_at_door:
             received_at, accepted_at = timeline.received_at, timeline.accepted_at
             spans.append(self._child(timeline, root_id, "door", (), received_at, accepted_at, _of_door(timeline)))
+        if not timeline.is_accepted:
+            return spans
         for choice in sorted({attempt.choice for attempt in timeline.attempts} | {0}):
             spans += self._of_choice(timeline, choice, root_id, now)
         return spans

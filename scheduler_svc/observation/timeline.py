@@ -125,6 +125,7 @@ class Timeline:
     answer: Answer | None  # until it has ended
     wall_ns: int  # nanoseconds since 1970 when that clock was at 0, by the clock of the world at the acceptance
     held_for: tuple[str, ...] = ()  # what it was held at the door for
+    is_accepted: bool = True  # else it is at the door, or was turned away there, and was so at `accepted_at`
     restored_at: float | None = None  # when it was taken up here; None: it began in this life of the scheduler
     attempts: list[Attempt] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)

@@ -16,6 +16,7 @@ SAMPLED = 1
 
 
 _FAILURES_PER_S = 10.0
+_REFUSALS_PER_S = 10.0  # apart from failures: a full queue refuses more than anybody reads, and must not hide these
 
 
 class SpanSink(Protocol):
@@ -64,6 +65,7 @@ class Tracing:
         self._sink = sink
         self._requests = Budget(requests_per_s, clock)
         self._failures = Budget(_FAILURES_PER_S, clock)
+        self._refusals = Budget(_REFUSALS_PER_S, clock)
         self._slow_steps = Budget(1.0, clock)
         self._step_interval = step_interval
         self._step_count = 0
@@ -91,6 +93,10 @@ class Tracing:
     def is_recorded(self, trace: TraceContext, *, failed: bool) -> bool:
         """Whether a request that has ended is recorded."""
         return self.is_on and (bool(trace.flags & SAMPLED) or (failed and self._failures.take()))
+
+    def is_refusal_recorded(self, trace: TraceContext) -> bool:
+        """Whether a request that is refused at once is recorded: where its caller records, and so many a second."""
+        return self.is_on and bool(trace.flags & SAMPLED) and self._refusals.take()
 
     def step(self) -> TraceContext | None:
         """Count a step; its context where it is one to be recorded."""

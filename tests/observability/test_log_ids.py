@@ -7,6 +7,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from paceline.v1 import inference_pb2
 from tests.observability.prometheus import ROOT
 from tests.observability.test_traces import CALLER, PoisonedRunner
 from tests.system import FAST, request, started, until
@@ -28,15 +29,15 @@ def log_calls():
 
 
 def test_every_line_about_one_request_has_its_ids():
-    """Who was asked about a request searches for its id, and takes silence for an answer."""
-    about_one = [call for call in log_calls() if re.search(r"\brequest\b", call[1])]
+    """Who was asked about a request searches for its id, and takes silence for an answer. A call may be a request."""
+    about_one = [call for call in log_calls() if re.search(r"\b(request|call)\b", call[1])]
     without = [
         f"{where}: {event}"
         for where, event, names in about_one
         if not {"request_id", "trace_id"} <= names and not any(name.startswith("log_ids(") for name in names)
     ]
 
-    assert len(about_one) >= 3  # it finds them
+    assert len(about_one) >= 4  # it finds them
     assert not without
 
 
@@ -70,12 +71,46 @@ async def test_scheduler_and_executor_name_a_request_that_fails_alike():
         assert about_it[event] == ("bad", CALLER[3:35])
 
 
+def break_down(*_):
+    raise ZeroDivisionError
+
+
+async def generate(stub, message):
+    async for _ in stub.Generate(message, metadata=[("traceparent", CALLER)]):
+        pass
+
+
+async def generate_batch(stub, message):
+    call = stub.GenerateBatch(metadata=[("traceparent", CALLER)])
+    await call.write(inference_pb2.GenerateBatchRequest(index=1, request=message))
+    async for _ in call:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("ask", "broken"),
+    [
+        (generate, "scheduler_svc.door.Door._read"),
+        (generate_batch, "scheduler_svc.door.Door._read"),
+        (generate, "scheduler_svc.service._response"),
+    ],
+)
+async def test_a_call_that_fails_by_a_mistake_of_ours_is_in_the_log_with_the_ids_of_its_request(
+    monkeypatch, ask, broken
+):
+    """It is what a user reports: `INTERNAL`, and an id. The line with the reason has to be found by it."""
+    async with started() as system:
+        monkeypatch.setattr(broken, break_down)
+        with capture_logs() as lines, pytest.raises(grpc.aio.AioRpcError, match="ZeroDivisionError"):
+            await ask(system.inference, request("hello", 4, request_id="r"))
+
+    (line,) = [line for line in lines if line["event"] == "call failed"]
+    assert (line["request_id"], line["trace_id"]) == ("r", CALLER[3:35])
+    assert isinstance(line["exc_info"], ZeroDivisionError)
+
+
 async def test_what_could_not_be_observed_of_a_request_names_it(monkeypatch):
     """It is the trace that is broken then: without its ids in the log nothing leads there."""
-
-    def break_down(*_):
-        raise ZeroDivisionError
-
     async with started() as system:
         monkeypatch.setattr("scheduler_svc.observation.observer.Timeline.end", break_down)
         with capture_logs() as lines:

@@ -60,7 +60,8 @@ class Scene:
         request = with_choices(Request(request_id, array("I", range(6)), 6, 20), choice_count)
         texts = [TextStream(Tokenizer.bytes(), ()) for _ in request.family]
         now = time.monotonic()
-        answer = self.engine.submit(request, texts, Terms(), Arrival(request_id, now))
+        arrival = Arrival(request_id, now, self.engine.observer.tracing.accept(None))
+        answer = self.engine.submit(request, texts, Terms(), arrival)
         self.timeline = self.engine.observer.find(request_id)
         return answer.request
 

@@ -1,6 +1,7 @@
 """Why calls are not let in, as Prometheus is told it."""
 
 import asyncio
+import secrets
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,9 @@ import grpc
 import pytest
 
 from paceline.v1 import fleet_pb2, inference_pb2
+from scheduler_svc.observation.tracing import Tracing
 from scheduler_svc.refusals import REASONS
+from tests.observability.otlp_receiver import OtlpReceiver
 from tests.system import FAST, request, started, until
 
 SLOW = replace(FAST, fake_step_us=20_000)
@@ -23,6 +26,14 @@ async def fails(call):
         async for _ in call:
             pass
     return ended.value.code()
+
+
+async def traced(system, message, flags="01"):
+    """A request of a caller whose own trace has these flags; returns (trace id, span id) of the caller."""
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    header = f"00-{trace_id}-{span_id}-{flags}"
+    await fails(system.inference.Generate(message, metadata=[("traceparent", header)]))
+    return trace_id, span_id
 
 
 async def at_door(system):
@@ -125,3 +136,105 @@ async def test_a_full_queue_is_counted_as_one():
             call.cancel()
 
     assert counts == {"queue_full": 1}
+
+
+async def test_a_mistake_of_ours_at_the_door_is_counted_and_remembered(monkeypatch):
+    """A service that lets nobody in by its own fault must not look like one that nobody calls."""
+
+    def break_down(*_):
+        raise ZeroDivisionError("what another user has sent")
+
+    receiver = OtlpReceiver()
+    async with started(otlp_endpoint=receiver.endpoint, trace_requests=0) as system:
+        monkeypatch.setattr(system.app.door, "_read", break_down)
+        code = await fails(system.generate(named("r")))
+        batch = system.inference.GenerateBatch()
+        await batch.write(inference_pb2.GenerateBatchRequest(index=1, request=named("b")))
+        await fails(batch)
+        counts, meter = refused(system), system.app.engine.meter
+        remembered = system.app.engine.observer.find("r")
+        assert await asyncio.to_thread(system.app.sink.flush, 5)
+        sent = receiver.requests()
+    receiver.close()
+
+    assert code is grpc.StatusCode.INTERNAL
+    assert counts == {"internal": 2}
+    assert (meter.arrived_request_count, meter.ended_request_count) == (0, 0)
+    assert remembered.summary.outcome == "error"
+    assert sent.keys() == {"r", "b"}, "it is recorded although nobody asked for it"
+    for root in sent.values():
+        assert (root.span.status.code, root.attributes["error.type"]) == (2, "INTERNAL")
+        assert "ZeroDivisionError" in root.span.status.message
+        assert "another user" not in root.span.status.message
+
+
+async def test_a_request_that_we_fail_at_after_its_acceptance_is_one_request(monkeypatch):
+    """Two spans of one id are none to a viewer; two entries of one request make who reads them doubt all others."""
+    receiver = OtlpReceiver()
+
+    def break_down(*_):
+        raise ZeroDivisionError
+
+    async with started(1, SLOW, otlp_endpoint=receiver.endpoint) as system:
+        monkeypatch.setattr(system.app.engine.answers, "read", break_down)
+        await fails(system.generate(named("r")))
+        await until(lambda: system.app.engine.observer.ended)
+        assert await asyncio.to_thread(system.app.sink.flush, 5)
+        ended = [one.summary.outcome for one in system.app.engine.observer.ended]
+        counts, sent = refused(system), receiver.requests()
+    receiver.close()
+
+    assert counts == {"internal": 1}
+    assert ended == ["length"]
+    assert sent.keys() == {"r"}
+
+
+async def test_who_traces_finds_a_refusal_in_the_trace():
+    """A caller's trace that ends at the wire says that we were never asked."""
+    receiver = OtlpReceiver()
+    async with started(0, otlp_endpoint=receiver.endpoint, trace_requests=0) as system:
+        await traced(system, named("not an id"), "00")
+        await fails(system.generate(named("r")))
+        callers = {
+            await traced(system, named("not an id")): ("not an id", "INVALID_ARGUMENT", "invalid"),
+            await traced(system, named("early")): ("early", "UNAVAILABLE", "no_executor"),
+        }
+        assert await asyncio.to_thread(system.app.sink.flush, 5)
+        roots = {(one.span.trace_id.hex(), one.span.parent_span_id.hex()): one for one in receiver.roots()}
+        kept = system.app.engine.observer.ended
+    receiver.close()
+
+    assert roots.keys() == callers.keys(), "nobody else is recorded"
+    for caller, (request_id, code, reason) in callers.items():
+        root = roots[caller]
+        facts = root.attributes
+        assert (root.name, root.span.kind, root.span.status.code) == ("text_completion fake", 2, 2)
+        assert root.span.status.message
+        assert facts["gen_ai.response.id"] == request_id
+        assert (facts["rpc.response.status_code"], facts["error.type"], facts["paceline.refused"]) == (
+            code,
+            code,
+            reason,
+        )
+        assert root.children == []
+    assert not kept, "refusals must not push what ran out of the memory"
+
+
+def test_refusals_cost_no_more_spans_than_was_said_and_hide_no_failures():
+    """A full queue refuses thousands a second, whose callers may all trace."""
+    now = 0.0
+
+    class Sink:
+        def send(self, spans):
+            """Not called."""
+
+    tracing = Tracing(Sink(), requests_per_s=0.0, clock=lambda: now)
+    caller = tracing.accept("00-0123456789abcdef0123456789abcdef-0123456789abcdef-01")
+    recorded = sum(tracing.is_refusal_recorded(caller) for _ in range(1000))
+    now = 1.0
+    later = sum(tracing.is_refusal_recorded(caller) for _ in range(1000))
+
+    assert (recorded, later) == (10, 10)
+    assert tracing.is_recorded(tracing.accept(None), failed=True)
+    assert not tracing.is_refusal_recorded(tracing.accept(None))
+    assert not Tracing(None).is_refusal_recorded(caller)

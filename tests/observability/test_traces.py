@@ -171,6 +171,27 @@ async def test_a_deadline_that_passes_while_it_runs_shows_how_far_it_came(receiv
     assert (root.span.status.code, root.span.status.message) == (2, "deadline")
 
 
+async def test_a_request_that_we_fail_at_is_an_error_without_children(receiver, monkeypatch):
+    """What went wrong before anything could be queued or computed is told by the one span there is."""
+
+    def break_down(*_):
+        raise ZeroDivisionError
+
+    async with started(otlp_endpoint=receiver.endpoint) as system:
+        monkeypatch.setattr(system.app.door, "_read", break_down)
+        call = system.inference.Generate(request("hello", 6, request_id="r"), metadata=[("traceparent", CALLER)])
+        with pytest.raises(grpc.aio.AioRpcError):
+            assert [message async for message in call]
+        (root,) = await received(system, receiver, "r")
+        shown = await look(system)
+
+    assert (root.span.trace_id.hex(), root.span.parent_span_id.hex()) == (CALLER[3:35], CALLER[36:52])
+    assert [child.name for child in root.children if child.name != "door"] == []
+    assert root.attributes["rpc.response.status_code"] == root.attributes["error.type"] == "INTERNAL"
+    assert root.span.status.code == 2
+    assert [(one.request_id, one.outcome) for one in shown.requests] == [("r", "error")]
+
+
 class PoisonedRunner(FakeRunner):
     """Fails whenever one token is among those that a step computes."""
 

@@ -4,6 +4,7 @@ from deploy.grafana.make_dashboards.panels import Dashboard, Lines, Stat, Table
 from deploy.grafana.make_dashboards.queries import rate, rate_by
 
 _ENDED = "paceline_requests_ended_total"
+_KEPT_OUT = 'sum(rate(paceline_requests_refused_total{reason="internal"}[5m]))'
 
 _AT_A_GLANCE = (
     Stat(
@@ -40,8 +41,9 @@ _AT_A_GLANCE = (
     ),
     Stat(
         "Requests that fail",
-        "Share of those that ended in the last 5 min. The scheduler's log names each with its reason.",
-        f'sum(rate({_ENDED}{{outcome=~"error|cut_off"}}[5m])) / sum(rate({_ENDED}[5m]))',
+        "Share of those that ended or were kept out in the last 5 min. The scheduler's log names each with its reason.",
+        f'(sum(rate({_ENDED}{{outcome=~"error|cut_off"}}[5m])) + {_KEPT_OUT})'
+        f" / (sum(rate({_ENDED}[5m])) + {_KEPT_OUT})",
         "percentunit",
         bad_above=0.01,
     ),
