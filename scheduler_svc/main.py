@@ -135,7 +135,7 @@ class SchedulerApp:
         self._fleet_service = FleetService(self.fleet, self.engine, self.journal, scaling, model_name)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet_service, self._server.grpc)
         self._overview = Overview(self.fleet, self.engine, self.journal, scaling, model_name)
-        observation = ObservationService(self._overview, observer)
+        observation = ObservationService(self._overview, self.engine)
         observation_pb2_grpc.add_ObservationServiceServicer_to_server(observation, self._server.grpc)
         self.journal.snapshot = lambda: [*self.fleet.records(), *recorder.snapshot(self.engine.answers)]
         self.journal.outputs = lambda: recorder.outputs(self.engine.answers)
@@ -154,7 +154,7 @@ class SchedulerApp:
         """What is answered over HTTP."""
         vllm = VllmMetrics(self.door.model_name, self.fleet, self.engine)
         targets = partial(metrics_targets, self.fleet, self._scaling)
-        return StatusPages(self._overview, self.engine.observer, self.metrics(), vllm, targets).http
+        return StatusPages(self._overview, self.engine, self.metrics(), vllm, targets).http
 
     async def _sample(self) -> None:
         while True:

@@ -24,9 +24,10 @@ OUTCOMES = {
     "error": "bold red",
     "cut off": "red",
 }
-_STAGE_NAMES = ("", "queue", "prefill", "decode", "ended")
-_STAGE_COLOURS = ("", "yellow", "magenta", "blue", "")
+_STAGE_NAMES = ("", "queue", "prefill", "decode", "ended", "door")
+_STAGE_COLOURS = ("", "yellow", "magenta", "blue", "", "cyan")
 _ENDED, _QUEUE, _DOOR = 4, 1, 5
+_WAITING = (_QUEUE, _DOOR)
 _INKS = {**dict(enumerate(STAGES, start=_QUEUE)), _DOOR: _AT_DOOR}  # by stage
 _COLUMNS = (
     Column("request", 0),
@@ -76,7 +77,7 @@ def chosen(requests: Sequence[pb.RequestOverview], room: int, sort: str) -> list
         return sorted(requests, key=lambda one: one.received_unix_ms, reverse=True)[:room]
     kinds: tuple[list[pb.RequestOverview], ...] = ([], [], [])
     for one in requests:
-        kinds[2 if one.stage == _ENDED else 1 if one.stage == _QUEUE else 0].append(one)
+        kinds[2 if one.stage == _ENDED else 1 if one.stage in _WAITING else 0].append(one)
     counts = [0, 0, 0]
     for kind, share in zip((2, 1, 0), (4, 3, 1), strict=True):  # who ended may have a quarter, who waits a third of it
         counts[kind] = min(len(kinds[kind]), -(-(room - sum(counts)) // share))
@@ -103,7 +104,7 @@ def _cells(one: pb.RequestOverview, at_unix_ms: int, id_width: int) -> tuple[Tex
     output = Text.assemble(("→ ", "dim"), f"{one.output_token_count:,}", (f"/{one.max_output_token_count:,}", "dim"))
     if one.choice_count > 1:
         output.append(f" x{one.choice_count}", style="dim")
-    is_waiting = one.stage == _QUEUE
+    is_waiting = one.stage in _WAITING
     return (
         Text(shorten(one.request_id, id_width), style="dim" if has_ended else ""),
         Text(shorten(one.tenant, 14)),
@@ -119,7 +120,7 @@ def _cells(one: pb.RequestOverview, at_unix_ms: int, id_width: int) -> tuple[Tex
 
 def _executor_of(one: pb.RequestOverview) -> str:
     """Where it runs, or ran last."""
-    if one.stage == _QUEUE:
+    if one.stage in _WAITING:
         return NOTHING
     return next((phase.executor_id for phase in reversed(one.phases) if phase.executor_id), NOTHING)
 

@@ -185,7 +185,7 @@ def listing(requests: Sequence[Any], width: int) -> list[Text]:
     heads = "".join(f"{gap}{name:>{cells}}" for name in ("took", "queue", "prefill", "decode"))
     lines = [Text(f"{'request':<{id_cells}}{heads}  outcome", "dim")]
     for one in requests:
-        spent = [0.0] * 5
+        spent = [0.0] * 6  # by stage: the door is the last
         for phase in one.phases:
             spent[phase.stage] += phase.end_ms - phase.begin_ms
         total_ms = one.total_ms or sum(spent)

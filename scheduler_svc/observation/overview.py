@@ -210,7 +210,8 @@ class Overview:
         live = observer.live
         running = [one for one in live if not is_waiting(one)]
         waiting = [one for one in live if is_waiting(one)]
-        return list(islice(chain(running, waiting, observer.ended), MOST_REQUESTS))
+        at_door = (observer.at_door(arrival) for arrival in self._engine.arrivals.all_held())
+        return list(islice(chain(running, waiting, at_door, observer.ended), MOST_REQUESTS))
 
     def _request(self, timeline: Timeline, now: float) -> observation_pb2.RequestOverview:
         summary, begun = timeline.summarize(), timeline.received_at
@@ -232,7 +233,7 @@ class Overview:
             output_token_count=summary.output_count,
             max_output_token_count=timeline.max_output_count,
             received_unix_ms=self._unix_ms(begun),
-            accepted_unix_ms=self._unix_ms(timeline.accepted_at),
+            accepted_unix_ms=self._unix_ms(timeline.accepted_at) if timeline.is_accepted else 0,
             first_token_ms=first_token_ms,
             total_ms=1e3 * (timeline.ended_at - begun) if timeline.ended_at is not None else 0.0,
             recomputation_count=summary.recomputation_count,
@@ -255,6 +256,9 @@ def phases_of(timeline: Timeline, now: float) -> list[observation_pb2.Phase]:
             begin_ms, end_ms = 1e3 * (since - begun), 1e3 * (until - begun)
             phases.append(observation_pb2.Phase(stage=stage, begin_ms=begin_ms, end_ms=end_ms, executor_id=executor_id))
 
+    if not timeline.is_accepted:
+        add(_DOOR, begun, end)
+        return phases
     free_at = begun if timeline.restored_at is None else timeline.restored_at
     if timeline.has_waited_at_door and not timeline.is_restored:
         add(_DOOR, begun, timeline.accepted_at)

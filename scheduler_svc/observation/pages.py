@@ -15,9 +15,9 @@ from google.protobuf.json_format import MessageToDict
 
 from common.errors import RefusedError
 from common.http_pages import HttpPages, Page, PageRequest
+from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.observation.metrics import SchedulerMetrics
-from scheduler_svc.observation.observer import Observer
 from scheduler_svc.observation.overview import MOST_REQUESTS, Overview
 from scheduler_svc.observation.service import trace_json
 from scheduler_svc.observation.vllm_metrics import VllmMetrics
@@ -61,7 +61,7 @@ class StatusPages:
     def __init__(
         self,
         overview: Overview,
-        observer: Observer,
+        engine: Engine,
         metrics: SchedulerMetrics,
         vllm: VllmMetrics,
         targets: Callable[[], dict[str, dict[str, str]]],
@@ -69,7 +69,7 @@ class StatusPages:
         """Show these; called on the event loop. `targets` are addresses of other processes' metrics, each with its
         labels.
         """
-        self._overview, self._observer = overview, observer
+        self._overview, self._engine = overview, engine
         self._targets = targets
         self._shown: _Shown | None = None
         self._lock = threading.Lock()  # of `_shown`
@@ -113,7 +113,7 @@ class StatusPages:
 
     def _api_trace(self, request: PageRequest) -> Page:
         try:
-            return Page(self._on_loop(lambda: trace_json(self._observer, request.rest)))
+            return Page(self._on_loop(lambda: trace_json(self._engine, request.rest)))
         except RefusedError as error:
             return Page(error.message, "text/plain; charset=utf-8", "404 Not Found")
 

@@ -7,7 +7,7 @@ import grpc
 from common.errors import RefusedError, invalid, shown
 from common.otlp_json import to_otlp_json
 from paceline.v1 import observation_pb2, observation_pb2_grpc
-from scheduler_svc.observation.observer import Observer
+from scheduler_svc.engine import Engine
 from scheduler_svc.observation.overview import MOST_REQUESTS, Overview
 
 _REQUEST_LIMIT = 50
@@ -16,10 +16,10 @@ _REQUEST_LIMIT = 50
 class ObservationService(observation_pb2_grpc.ObservationServiceServicer):
     """Shows people what is going on."""
 
-    def __init__(self, overview: Overview, observer: Observer) -> None:
+    def __init__(self, overview: Overview, engine: Engine) -> None:
         """Show what these know."""
         self._overview = overview
-        self._observer = observer
+        self._engine = engine
 
     async def GetOverview(
         self, request: observation_pb2.GetOverviewRequest, context: grpc.aio.ServicerContext
@@ -33,12 +33,13 @@ class ObservationService(observation_pb2_grpc.ObservationServiceServicer):
         self, request: observation_pb2.GetTraceRequest, context: grpc.aio.ServicerContext
     ) -> observation_pb2.GetTraceResponse:
         """Tell where the time of a request went."""
-        return observation_pb2.GetTraceResponse(otlp_json=trace_json(self._observer, request.request_id))
+        return observation_pb2.GetTraceResponse(otlp_json=trace_json(self._engine, request.request_id))
 
 
-def trace_json(observer: Observer, request_id: str) -> str:
-    """The spans of a request as OTLP/JSON. Raises `RefusedError` where it is not remembered."""
-    timeline = observer.find(request_id)
+def trace_json(engine: Engine, request_id: str) -> str:
+    """The spans of a request, at the door or in, as OTLP/JSON. Raises `RefusedError` where it is not remembered."""
+    observer, arrival = engine.observer, engine.arrivals.get(request_id)
+    timeline = observer.find(request_id) if arrival is None else observer.at_door(arrival)
     if timeline is None:
         raise RefusedError(
             grpc.StatusCode.NOT_FOUND,

@@ -9,9 +9,11 @@ from prometheus_client import CollectorRegistry
 
 from paceline.v1 import fleet_pb2, inference_pb2, observation_pb2
 from paceline_cli.sight.top_view import Look, picture
+from paceline_cli.sight.trace_view import listing
 from tests.observability.otlp_receiver import OtlpReceiver
 from tests.observability.test_overview import look, stages
 from tests.observability.test_traces import check_tree, read, received
+from tests.paceline_cli.test_trace import trace
 from tests.system import FAST, request, started, until
 
 SLOW = replace(FAST, fake_step_us=20_000)
@@ -110,6 +112,50 @@ async def test_who_gives_up_at_the_door_is_found_with_the_reason():
     assert "has hung up before it was accepted (deadline)" in root.span.status.message
     assert (stages(shown), shown.outcome) == (["DOOR"], "deadline")
     assert counts == (0, 0), "it was refused, and has not ended as the accepted ones do"
+
+
+async def test_a_request_that_waits_at_the_door_now_can_be_asked_about():
+    """Where is my request? That is asked while it hangs, and of an id; what is said later is the same trace."""
+    async with started(0) as system:
+        await system.fleet.LeaseScaling(fleet_pb2.LeaseScalingRequest(holder_id="a"))
+        reading = asyncio.ensure_future(read(system, request("hello", 4, request_id="mine")))
+        during = await held(system)
+        told = await trace(system, "mine")
+        system.add_executor(name="e0")
+        await reading
+        await system.idle()
+        (after,) = (await held(system, 0)).requests
+
+    (shown,) = during.requests
+    assert (shown.request_id, stages(shown), shown.outcome) == ("mine", ["DOOR"], "")
+    assert shown.stage == observation_pb2.REQUEST_STAGE_DOOR
+    assert shown.accepted_unix_ms == 0
+    assert shown.trace_id == after.trace_id
+    assert told.exit_code == 0, told.stderr
+    assert "door" in told.stdout
+    assert "queue" not in told.stdout.splitlines()[1]
+    lines = [line.plain for line in picture(during, Look(160, 40))]
+    assert any("mine" in line and "door" in line for line in lines)
+    assert listing([shown], 100)
+
+
+async def test_whoever_waits_at_the_door_is_listed_after_those_that_are_in():
+    """Those that run are the first thing to see; who is held is not to be taken for one that has ended."""
+    config = replace(SLOW, max_num_seqs=1)
+    async with started(1, config, max_waiting_requests=2) as system:
+        await read(system, request("done", 2, request_id="done"))
+        calls = []
+        for name in ("runs", "waits"):
+            calls.append(system.inference.Generate(request(name, 60, request_id=name)))
+            await until(lambda name=name: system.app.engine.find(name, 0) is not None)
+        batch = system.inference.GenerateBatch()
+        await batch.write(inference_pb2.GenerateBatchRequest(index=1, request=request("b", 2, request_id="held")))
+        during = await held(system)
+        for call in (batch, *calls):
+            call.cancel()
+        await system.idle()
+
+    assert [one.request_id for one in during.requests] == ["runs", "waits", "held", "done"]
 
 
 async def test_a_request_that_is_not_held_is_not_said_to_have_been():

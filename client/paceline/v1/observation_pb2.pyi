@@ -36,7 +36,7 @@ class _RequestStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestS
     REQUEST_STAGE_ENDED: _RequestStage.ValueType  # 4
     """Nothing comes any more."""
     REQUEST_STAGE_DOOR: _RequestStage.ValueType  # 5
-    """It was not accepted yet. Only in `phases`: who is there now is counted in `at_door_request_count`."""
+    """It is not accepted yet, and nothing is known of its tokens."""
 
 class RequestStage(_RequestStage, metaclass=_RequestStageEnumTypeWrapper):
     """Where a request is."""
@@ -51,7 +51,7 @@ REQUEST_STAGE_DECODE: RequestStage.ValueType  # 3
 REQUEST_STAGE_ENDED: RequestStage.ValueType  # 4
 """Nothing comes any more."""
 REQUEST_STAGE_DOOR: RequestStage.ValueType  # 5
-"""It was not accepted yet. Only in `phases`: who is there now is counted in `at_door_request_count`."""
+"""It is not accepted yet, and nothing is known of its tokens."""
 Global___RequestStage: _TypeAlias = RequestStage  # noqa: Y015
 
 @_typing.final
@@ -60,7 +60,8 @@ class GetOverviewRequest(_message.Message):
 
     REQUEST_LIMIT_FIELD_NUMBER: _builtins.int
     request_limit: _builtins.int
-    """Most requests to list, at most 1000: first those that run, then those that wait, then those that ended last.
+    """Most requests to list, at most 1000: first those that run, then those that wait, those that are held at the door,
+    and those that ended last.
     Unset: 50.
     """
     def __init__(
@@ -102,8 +103,7 @@ class GetOverviewResponse(_message.Message):
     journal_bytes: _builtins.int
     at_door_request_count: _builtins.int
     """Requests that are held before they are accepted, and how long the first of them is: until the first executor has
-    joined (these are among `load.waiting_request_count` too) or, of a batch, until the queue has room. They are not
-    among `requests` yet.
+    joined (these are among `load.waiting_request_count` too) or, of a batch, until the queue has room.
     """
     oldest_at_door_ms: _builtins.int
     @_builtins.property
@@ -116,7 +116,9 @@ class GetOverviewResponse(_message.Message):
 
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestOverview]:
-        """Running ones first, then waiting ones, each the oldest first, then those that have ended, the latest first."""
+        """Running ones first, then waiting ones, then those that are held at the door, each the oldest first, then those that
+        have ended, the latest first.
+        """
 
     @_builtins.property
     def scaling(self) -> Global___ScalingOverview:
@@ -292,7 +294,7 @@ class RequestOverview(_message.Message):
     output_token_count: _builtins.int
     max_output_token_count: _builtins.int
     accepted_unix_ms: _builtins.int
-    """When it was accepted, in milliseconds since 1970."""
+    """When it was accepted, in milliseconds since 1970. 0: it was not, or not yet."""
     first_token_ms: _builtins.float
     """Milliseconds from its receipt to its first token, and to its end. 0: not yet."""
     total_ms: _builtins.float

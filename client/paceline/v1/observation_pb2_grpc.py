@@ -70,7 +70,8 @@ class ObservationServiceServicer:
 
         Errors:
 
-        * `NOT_FOUND`: no such request runs, or it ended too long ago, or before the scheduler's last restart.
+        * `NOT_FOUND`: no such request is at the door, waits or runs, or it ended too long ago, or before the scheduler's
+        last restart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

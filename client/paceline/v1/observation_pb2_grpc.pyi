@@ -48,7 +48,8 @@ class ObservationServiceStub:
 
     Errors:
 
-    * `NOT_FOUND`: no such request runs, or it ended too long ago, or before the scheduler's last restart.
+    * `NOT_FOUND`: no such request is at the door, waits or runs, or it ended too long ago, or before the scheduler's
+      last restart.
     """
 
 @_typing.type_check_only
@@ -71,7 +72,8 @@ class ObservationServiceAsyncStub(ObservationServiceStub):
 
     Errors:
 
-    * `NOT_FOUND`: no such request runs, or it ended too long ago, or before the scheduler's last restart.
+    * `NOT_FOUND`: no such request is at the door, waits or runs, or it ended too long ago, or before the scheduler's
+      last restart.
     """
 
 class ObservationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -103,7 +105,8 @@ class ObservationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        * `NOT_FOUND`: no such request runs, or it ended too long ago, or before the scheduler's last restart.
+        * `NOT_FOUND`: no such request is at the door, waits or runs, or it ended too long ago, or before the scheduler's
+          last restart.
         """
 
 def add_ObservationServiceServicer_to_server(servicer: ObservationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
