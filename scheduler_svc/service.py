@@ -134,6 +134,7 @@ class _Batch:
         self._open: set[Reader] = set()
         self._unwritten = asyncio.Semaphore(_BATCH_REQUESTS)
         self._answers: asyncio.Queue[pb.GenerateBatchResponse | None] = asyncio.Queue()
+        self._mistake: BaseException | None = None  # of ours, in the answer to one of its requests
 
     async def run(self) -> None:
         """Serve until the caller has closed its side and every output is written."""
@@ -142,6 +143,8 @@ class _Batch:
         while (answer := await self._answers.get()) is not None:
             await self._context.write(answer)
             self._unwritten.release()
+        if self._mistake is not None:
+            raise self._mistake
         await reading
 
     async def close(self) -> None:
@@ -173,6 +176,7 @@ class _Batch:
                     continue
                 self._open.add(reader)
                 task = asyncio.create_task(self._answer(message.index, reader))
+                task.add_done_callback(self._look_for_mistake)
                 for tasks in (answering, self._tasks):
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
@@ -192,6 +196,11 @@ class _Batch:
             self._service.leave(reader)
             self._answers.put_nowait(pb.GenerateBatchResponse(index=index, output=output))
         self._open.discard(reader)
+
+    def _look_for_mistake(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (mistake := task.exception()) is not None:
+            self._mistake = mistake
+            self._answers.put_nowait(None)
 
     def _refuse(self, index: int, request_id: str, error: RefusedError) -> None:
         failure = pb.RequestError(request_id=request_id, code=error.code_number, message=error.message)

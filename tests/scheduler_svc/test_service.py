@@ -232,6 +232,23 @@ async def test_a_batch_that_nobody_reads_stops_running(monkeypatch):
     assert sorted(answer.index for answer in call.answers) == list(range(20))
 
 
+async def test_a_mistake_of_ours_in_one_answer_ends_its_batch(monkeypatch):
+    """An index without an answer would leave its caller to find out that something is missing."""
+
+    async def fails(self, reader):
+        raise KeyError(reader.answer.request.request_id)
+
+    monkeypatch.setattr(InferenceService, "whole", fails)
+    async with started() as system:
+        call = system.inference.GenerateBatch()
+        await call.write(inference_pb2.GenerateBatchRequest(index=0, request=request("hello", 4)))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await asyncio.wait_for(call.read(), 20)
+
+    assert ended.value.code() is grpc.StatusCode.INTERNAL
+    assert "KeyError" in ended.value.details()
+
+
 async def test_a_batch_with_a_repeated_index_is_refused():
     """Two answers with one index could not be told apart."""
     async with started() as system:
