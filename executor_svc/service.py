@@ -105,10 +105,10 @@ class ModelThread:
             if isinstance(outcome, pb.StepResult):
                 outcome.timings.queued_us = round((started_at - came_at) * 1e6)
                 outcome.timings.idle_us = min(round(max(came_at - free_at, 0.0) * 1e6), 0xFFFFFFFF)
-                if self._metrics is not None:
-                    self._metrics.note_step(plan, outcome)
             free_at = time.perf_counter()
             self._tell(attachment, outcome)
+            if self._metrics is not None and isinstance(outcome, pb.StepResult):
+                self._metrics.note_step(plan, outcome)  # the scheduler need not wait for it
 
     def _tell(self, attachment: Attachment, outcome: Outcome) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending

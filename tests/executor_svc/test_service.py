@@ -1,6 +1,7 @@
 """The step stream as raw messages: what an executor accepts, and what it refuses."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 
 import grpc
@@ -13,15 +14,16 @@ from executor_svc.service import ExecutorService, ModelThread
 from paceline.internal.v1 import executor_pb2 as pb
 from paceline.internal.v1 import executor_pb2_grpc
 from tests.executor_svc.test_executor import first_plan, start, tokens_of
+from tests.system import until
 
 INCARNATION = 7
 
 
 @asynccontextmanager
-async def served(step_us=0.0, resume_window_s=60.0, runner=FakeRunner):
+async def served(step_us=0.0, resume_window_s=60.0, runner=FakeRunner, metrics=None):
     """An executor with the fake model behind a real server; yields a stub."""
     config = ExecutorConfig(model="fake", block_size=4, fake_block_count=8, max_num_seqs=4, fake_step_us=step_us)
-    thread = ModelThread(Executor(runner(config)), asyncio.get_running_loop())
+    thread = ModelThread(Executor(runner(config)), asyncio.get_running_loop(), metrics)
     server = grpc.aio.server()
     service = ExecutorService(thread, INCARNATION, resume_window_s, on_broken=lambda message: None)
     executor_pb2_grpc.add_ExecutorServiceServicer_to_server(service, server)
@@ -81,6 +83,29 @@ async def test_runs_plans_and_reports_where_the_time_went():
 
     assert tokens_of(result) == [next_token([1])]
     assert result.timings.forward_us >= 2000
+
+
+async def test_a_result_is_told_before_it_is_counted():
+    """The next plan hangs on it; what nobody waits for comes after what somebody does."""
+
+    class Metrics:
+        def __init__(self):
+            self.was_told = threading.Event()
+            self.noted = []
+
+        def note_step(self, plan, result):
+            self.noted.append((plan.step, result.step, self.was_told.wait(20)))
+
+    metrics = Metrics()
+    async with served(metrics=metrics) as stub:
+        call = await attach(stub)
+        await call.write(plan_message(first_plan(start(0, [1], [0]))))
+        result = (await call.read()).result
+        metrics.was_told.set()
+        await until(lambda: metrics.noted)
+
+    assert metrics.noted == [(result.step, result.step, True)]
+    assert result.timings.idle_us > 0
 
 
 async def test_an_attachment_that_does_not_resume_starts_empty():
