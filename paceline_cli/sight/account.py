@@ -20,7 +20,7 @@ def account_of(root: Span) -> list[str]:
     choices = sorted({span.choice for span in root.children}) or [0]
     lines = []
     for choice in choices:
-        spans = [span for span in root.children if span.choice == choice or (span.name == "queue" and choice == 0)]
+        spans = [span for span in root.children if span.choice == choice]
         name = f"choice {choice + 1}: " if len(choices) > 1 else ""
         lines.append(name + "; ".join(_parts(spans, root.begin_ns, total_ns)))
     return [line for line in lines if line]
@@ -42,6 +42,8 @@ def outcome_of(root: Span) -> str:
     )
     if again := facts.get("paceline.recomputations"):
         parts.append(f"computed again {'once' if again == 1 else f'{again} times'}")
+    if forgotten := facts.get("paceline.attempts.forgotten"):
+        parts.append(f"{count(forgotten, 'attempt')} not kept")
     return plain(" · ".join(part for part in parts if part))
 
 

@@ -83,7 +83,7 @@ def _one(request_id: str, root: Span, whole: Span, width: int) -> list[Text]:
     rows = list(root.walk())
     names = [_name(depth, span) for depth, span in rows]
     events = sorted((event for _, span in rows for event in span.events), key=lambda event: event.at_ns)
-    labels = [Text(f"◆ {plain(event.name)}", style=_event_colour(event)) for event in events]
+    labels = [Text(f"◆ {plain(event.name)}{_of_choice(event)}", style=_event_colour(event)) for event in events]
     name_cells = min(_LONGEST_NAME, max(text.cell_len for text in [*names, *labels]))
     places = [shorten(span.executor_id or "scheduler", 14) for _, span in rows]
     place_cells = max(map(len, places))
@@ -161,6 +161,12 @@ def _name(depth: int, span: Span) -> Text:
     if span.name == "decode" and span.facts.get("paceline.steps"):
         name.append(f" {count(span.facts['paceline.steps'], 'step')}", style="dim")
     return name
+
+
+def _of_choice(event: Event) -> str:
+    """Which of several continuations it happened to, named as in the rows above."""
+    choice = event.facts.get("paceline.choice")
+    return f" #{choice + 1}" if choice else ""
 
 
 def _event_colour(event: Event) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -51,6 +51,15 @@ class Loss(Enum):
     CAME_WITHOUT = "executor came back without it"  # likewise
 
 
+class _Part(NamedTuple):
+    """What a step on its way does for one choice."""
+
+    timeline: Timeline
+    attempt: Attempt
+    run: Run
+    samples: bool  # it brings the next token
+
+
 @dataclass(slots=True)
 class _Flight:
     """A step on its way that something is to be noted of."""
@@ -58,7 +67,7 @@ class _Flight:
     plan: Plan
     began_at: float
     trace: TraceContext | None  # where it is to be recorded, whatever it brings
-    runs: list[tuple[Attempt, Run, bool]] = field(default_factory=list)  # ..., whether it brings the next token
+    parts: list[_Part] = field(default_factory=list)
 
 
 def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
@@ -122,6 +131,8 @@ class Observer:
 
     def spans(self, timeline: Timeline) -> list[Span]:
         """The trace of a request, as far as it goes, for whoever asks: without what was said in it."""
+        for attempt in timeline.attempts:
+            self._sum_up(attempt)
         return self._spans.of(timeline, self._clock())
 
     def at_door(self, arrival: Arrival) -> Timeline:
@@ -265,8 +276,7 @@ class Observer:
         name = executor.executor_id
         self._steps[name] = steps
         self._flights.pop(name, None)
-        for resumed in self._timelines(executor.running):
-            resumed.note(now, "resumed where it was", **{"paceline.executor.id": name})
+        self._note_event(executor.running, now, "resumed where it was", name)
         for request in executor.running:
             timeline = self._live.get(request.request_id)
             if timeline is None or request.choice >= MOST_CHOICES:
@@ -274,7 +284,7 @@ class Observer:
             attempt = Attempt(request.choice, request.attempt, name, now)
             timeline.add(attempt)
             if executor.slots.decoding[request.slot]:
-                self._begin_decoding(attempt, now)
+                self._begin_decoding(timeline, attempt, now)
         if executor.running:
             self.meter.recovery_counts["resumed"] += 1
 
@@ -289,7 +299,7 @@ class Observer:
             if (timeline := self._live.get(request.request_id)) is not None:
                 self._note_computed(timeline, request)
                 self._leave(timeline, request.choice, now, cause)
-                timeline.note(now, cause)
+                timeline.note(now, cause, **timeline.of_choice(request.choice))
 
     @_harmless
     def on_lost(self, requests: Sequence[Request], executor_id: str, now: float, loss: Loss) -> None:
@@ -300,15 +310,18 @@ class Observer:
             if (timeline := self._live.get(request.request_id)) is not None:
                 self._note_computed(timeline, request)
                 self._leave(timeline, request.choice, now, "lost")
-        for timeline in self._timelines(requests):
-            timeline.note(now, loss.value, **{"paceline.executor.id": executor_id})
+        self._note_event(requests, now, loss.value, executor_id)
         if loss is not Loss.CUT_OFF:
             self._count_lost(requests)
 
-    def _timelines(self, choices: Iterable[Request]) -> list[Timeline]:
-        """Those of the requests that these belong to, one for all choices of a request."""
-        found = (self._live.get(request_id) for request_id in dict.fromkeys(choice.request_id for choice in choices))
-        return [timeline for timeline in found if timeline is not None]
+    def _note_event(self, choices: Iterable[Request], now: float, name: str, executor_id: str) -> None:
+        """Something happened to an executor: one event for all choices of a request that were there."""
+        numbers: dict[str, list[int]] = {}
+        for choice in choices:
+            numbers.setdefault(choice.request_id, []).append(choice.choice)
+        for request_id, affected in numbers.items():
+            if (timeline := self._live.get(request_id)) is not None:
+                timeline.note(now, name, **{"paceline.executor.id": executor_id}, **timeline.of_choices(affected))
 
     def _count_lost(self, requests: Sequence[Request]) -> None:
         """Who has ended with the executor does not go on elsewhere, nor do those that were still to be forked."""
@@ -333,13 +346,16 @@ class Observer:
 
     def _leave(self, timeline: Timeline, choice: int, now: float, ending: str) -> None:
         attempt = timeline.attempt_of(choice)
-        if attempt is None:
-            return
+        if attempt is not None:
+            self._sum_up(attempt)
+            attempt.end(now, ending)
+
+    def _sum_up(self, attempt: Attempt) -> None:
+        """What the steps have taken in which it decoded, by now."""
         steps = self._steps.get(attempt.executor_id)
-        if attempt.decoding_at is not None and steps is not None:
+        if attempt.decoding_at is not None and attempt.ended_at is None and steps is not None:
             attempt.decode_phases = steps.total.since(attempt.begun_phases)
             attempt.decode_step_count = steps.step_count - attempt.begun_step_count
-        attempt.end(now, ending)
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -363,7 +379,8 @@ class Observer:
         if not timeline.attempts and not timeline.is_restored:
             self.meter.queue.note(now, now - timeline.accepted_at, self._exemplar(timeline))
         elif new.placement_count > 1:
-            timeline.note(now, "placed again", **{"paceline.executor.id": executor_id})
+            about = timeline.of_choice(new.choice)
+            timeline.note(now, "placed again", **{"paceline.executor.id": executor_id}, **about)
         timeline.add(Attempt(new.choice, new.attempt, executor_id, now))
 
     def _run(self, chunk: Chunk, step: int, now: float, flight: _Flight) -> None:
@@ -373,7 +390,7 @@ class Observer:
             self.meter.recomputed_token_count += max(0, again)
         timeline = self._live.get(request.request_id)
         attempt = timeline.attempt_of(request.choice) if timeline is not None else None
-        if attempt is None:
+        if timeline is None or attempt is None:
             return
         if len(attempt.runs) < MOST_RUNS:
             run = Run(step, chunk.start, chunk.count, now)
@@ -383,7 +400,7 @@ class Observer:
             run.token_count += chunk.count
             run.chunk_count += 1
             run.ended_at = None
-        flight.runs.append((attempt, run, chunk.samples))
+        flight.parts.append(_Part(timeline, attempt, run, chunk.samples))
 
     @_harmless
     def on_answered(self, executor_id: str, step: int, now: float) -> None:
@@ -395,11 +412,11 @@ class Observer:
         steps = self._steps.get(executor_id)
         if steps is None:
             return
-        for attempt, run, samples in flight.runs:
+        for timeline, attempt, run, samples in flight.parts:
             run.ended_at, run.phases = now, steps.last
             if samples and attempt.ended_at is None:
                 self.meter.prefill.note(now, now - attempt.began_at)
-                self._begin_decoding(attempt, now)
+                self._begin_decoding(timeline, attempt, now)
         if self.tracing.is_on:
             trace = flight.trace
             if trace is None and self._is_slow(steps):
@@ -407,8 +424,10 @@ class Observer:
             if trace is not None:
                 self._record(executor_id, flight, trace, steps, now)
 
-    def _begin_decoding(self, attempt: Attempt, now: float) -> None:
+    def _begin_decoding(self, timeline: Timeline, attempt: Attempt, now: float) -> None:
         steps = self._steps.get(attempt.executor_id) or StepMeter()
+        if timeline.prompt_computed_at is None:
+            timeline.prompt_computed_at = now
         attempt.decoding_at = now
         attempt.begun_phases, attempt.begun_step_count = steps.total, steps.step_count
 

@@ -15,11 +15,12 @@ from google.protobuf.json_format import MessageToDict
 
 from common.errors import RefusedError
 from common.http_pages import HttpPages, Page, PageRequest
+from common.otlp_json import to_otlp_json
 from scheduler_svc.engine import Engine
 from scheduler_svc.fleet import Fleet
 from scheduler_svc.observation.metrics import SchedulerMetrics
 from scheduler_svc.observation.overview import MOST_REQUESTS, Overview
-from scheduler_svc.observation.service import trace_json
+from scheduler_svc.observation.service import trace_of
 from scheduler_svc.observation.vllm_metrics import VllmMetrics
 from scheduler_svc.scaling_lease import ScalingLease
 
@@ -113,7 +114,7 @@ class StatusPages:
 
     def _api_trace(self, request: PageRequest) -> Page:
         try:
-            return Page(self._on_loop(lambda: trace_json(self._engine, request.rest)))
+            return Page(to_otlp_json(self._on_loop(lambda: trace_of(self._engine, request.rest))))
         except RefusedError as error:
             return Page(error.message, "text/plain; charset=utf-8", "404 Not Found")
 

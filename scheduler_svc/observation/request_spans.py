@@ -8,20 +8,29 @@ chat MODEL                SERVER, the scheduler: from receipt to the end; preemp
     wait, prepare, ...    what the executor did in that step, by its own measure
   decode                  a token in every step; sums of the executor's phases are its attributes
 ```
+
+Those of a request with several choices say whose they are. Where there would be too many, chunks in the middle of an
+attempt are one `prefill`, and the request says how many.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from common.spans import Attributes, Origin, Span, SpanEvent, SpanKind, SpanLink, Value, child_id
 from scheduler_svc.observation.step_meter import Phases
-from scheduler_svc.observation.timeline import Attempt, Run, Summary, Timeline
+from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
 
 EXECUTOR_SERVICE = "paceline-executor"
 SCHEDULER_SERVICE = "paceline-scheduler"
 _PHASES = ("wait", "prepare", "forward", "sample")
+
+MOST_SPANS = 1000
+"""Spans of one request: more cost too much time to make, and nobody reads them."""
+
+_PER_RUN = 1 + len(_PHASES)
 
 # Outcomes that are errors of the server's, with the gRPC status that users get (as in the conventions for RPC: what
 # a caller brought about, a cancellation say, is no error of the server's).
@@ -44,22 +53,22 @@ class RequestSpans:
         self._scheduler = scheduler
 
     def of(self, timeline: Timeline, now: float, content: tuple[str, ...] = ()) -> list[Span]:
-        """The spans of a request; one that has not ended is shown as it is `now`. `content` are its prompt and outputs,
-        for an exporter and nobody else.
+        """The spans of a request, at most `MOST_SPANS`; one that has not ended is shown as it is `now`. `content` are
+        its prompt and outputs, for an exporter and nobody else.
         """
-        root_id = timeline.trace.span_id
-        spans = [self._root(timeline, now, content)]
+        shown = _Shown(timeline, now, _most_runs(timeline))
+        spans = [self._root(shown, content)]
         if timeline.has_waited_at_door:
-            received_at, accepted_at = timeline.received_at, timeline.accepted_at
-            spans.append(self._child(timeline, root_id, "door", (), received_at, accepted_at, _of_door(timeline)))
+            spans.append(self._child(shown, "door", (), timeline.received_at, timeline.accepted_at, _of_door(timeline)))
         if not timeline.is_accepted:
             return spans
         for choice in sorted({attempt.choice for attempt in timeline.attempts} | {0}):
-            spans += self._of_choice(timeline, choice, root_id, now)
+            spans += self._of_choice(shown, choice)
         return spans
 
-    def _root(self, timeline: Timeline, now: float, content: tuple[str, ...]) -> Span:
-        summary, trace = timeline.summarize(), timeline.trace
+    def _root(self, shown: _Shown, content: tuple[str, ...]) -> Span:
+        timeline, trace = shown.timeline, shown.timeline.trace
+        summary = timeline.summarize()
         outcome = summary.outcome
         operation, model = timeline.facts["gen_ai.operation.name"], timeline.facts["gen_ai.request.model"]
         return Span(
@@ -69,62 +78,56 @@ class RequestSpans:
             parent_id=trace.parent_id,
             origin=self._scheduler,
             begin_ns=timeline.ns(timeline.received_at),
-            end_ns=timeline.ns(timeline.ended_at or now),
+            end_ns=timeline.ns(shown.until),
             kind=SpanKind.SERVER,
-            attributes={**timeline.facts, **_result(timeline, summary), **_of_content(content)},
+            attributes={**timeline.facts, **_result(timeline, summary), **_left_out(shown), **_of_content(content)},
             events=tuple(
                 SpanEvent(timeline.ns(moment.at), moment.name, dict(moment.facts)) for moment in timeline.moments
             ),
             error=(summary.error or outcome) if outcome in _ERRORS else None,
         )
 
-    def _of_choice(self, timeline: Timeline, choice: int, root_id: bytes, now: float) -> Iterator[Span]:
+    def _of_choice(self, shown: _Shown, choice: int) -> Iterator[Span]:
+        timeline, until = shown.timeline, shown.until
         # Since when nobody computes it: the other choices begin when the first has read the prompt.
         is_first = not choice or timeline.is_restored  # after a restart each of them is on its own
-        free_at = timeline.queued_at if is_first else timeline.first_decoding_at
-        for number, attempt in enumerate(timeline.attempts):  # a number of the core's may come again after a cut
+        free_at = timeline.queued_at if is_first else timeline.prompt_computed_at
+        about, next_serial = timeline.of_choice(choice), 0
+        for attempt in timeline.attempts:
             if attempt.choice != choice:
                 continue
-            if free_at is not None and attempt.began_at > free_at:
-                yield self._child(timeline, root_id, "queue", (choice, number), free_at, attempt.began_at)
-            yield from self._of_attempt(timeline, attempt, number, root_id, now)
+            is_next = attempt.serial == next_serial  # else what was between was forgotten
+            if is_next and free_at is not None and attempt.began_at > free_at:
+                yield self._child(shown, "queue", (choice, attempt.serial), free_at, attempt.began_at, about)
+            yield from self._of_attempt(shown, attempt)
             free_at = attempt.ended_at if attempt.ending else None
-        until = timeline.ended_at or now
+            next_serial = attempt.serial + 1
         if free_at is not None and until > free_at:  # it waits, or ended while it did
-            yield self._child(timeline, root_id, "queue", (choice, -1), free_at, until)
+            yield self._child(shown, "queue", (choice, -1), free_at, until, about)
 
-    def _of_attempt(
-        self, timeline: Timeline, attempt: Attempt, number: int, root_id: bytes, now: float
-    ) -> Iterator[Span]:
-        ended_at = attempt.ended_at or now
-        place: dict[str, Value] = {
+    def _of_attempt(self, shown: _Shown, attempt: Attempt) -> Iterator[Span]:
+        ended_at = attempt.ended_at or shown.now
+        keys = (attempt.choice, attempt.serial)
+        about: dict[str, Value] = {
             "paceline.executor.id": attempt.executor_id,
             "paceline.attempt": attempt.number,
-            **({"paceline.choice": attempt.choice} if timeline.choice_count > 1 else {}),
+            **shown.timeline.of_choice(attempt.choice),
         }
-        for run in attempt.runs:
-            prefill = self._child(
-                timeline,
-                root_id,
-                "prefill",
-                (attempt.choice, number, run.step),
-                run.began_at,
-                run.ended_at or ended_at,
-                {**place, **_of_run(run)},
-            )
+        for run in _folded(attempt.runs, shown.most_runs):
+            run_ended_at = run.ended_at or ended_at
+            attributes = {**about, **_of_run(run)}
+            prefill = self._child(shown, "prefill", (*keys, run.step), run.began_at, run_ended_at, attributes)
             yield prefill
             if run.phases is not None and run.ended_at is not None and run.chunk_count == 1:
                 yield from phase_spans(prefill, attempt.executor_id, run.phases)
         if attempt.decoding_at is not None and ended_at > attempt.decoding_at:
-            keys = (attempt.choice, number)
-            attributes = {**place, **_of_decode(attempt)}
+            attributes = {**about, **_of_decode(attempt)}
             links = tuple(SpanLink(*link) for link in attempt.step_links)
-            yield self._child(timeline, root_id, "decode", keys, attempt.decoding_at, ended_at, attributes, links)
+            yield self._child(shown, "decode", keys, attempt.decoding_at, ended_at, attributes, links)
 
     def _child(
         self,
-        timeline: Timeline,
-        root_id: bytes,
+        shown: _Shown,
         name: str,
         keys: tuple[int, ...],
         begin: float,
@@ -132,6 +135,8 @@ class RequestSpans:
         attributes: Attributes | None = None,
         links: tuple[SpanLink, ...] = (),
     ) -> Span:
+        timeline = shown.timeline
+        root_id = timeline.trace.span_id
         return Span(
             name=name,
             trace_id=timeline.trace.trace_id,
@@ -143,6 +148,41 @@ class RequestSpans:
             attributes=attributes or {},
             links=links,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A request as it is shown."""
+
+    timeline: Timeline
+    now: float
+    most_runs: int  # chunks of an attempt that have spans of their own
+
+    @property
+    def until(self) -> float:
+        """Its end, if it has come to one."""
+        return self.timeline.ended_at or self.now
+
+
+def _most_runs(timeline: Timeline) -> int:
+    """How many chunks of an attempt may have spans of their own, so that all are no more than `MOST_SPANS`.
+
+    Example: 64 attempts of 32 chunks would be 10,376 spans. With two of each, and one for those between, they are 842.
+    """
+    most = MOST_RUNS
+    counts = [len(attempt.runs) for attempt in timeline.attempts]
+    others = 2 + MOST_CHOICES + 2 * len(counts)  # root and door; the last queue of a choice; queue and decode
+    while most > 2 and others + sum(min(count, most) * _PER_RUN + (count > most) for count in counts) > MOST_SPANS:
+        most //= 2
+    return most
+
+
+def _folded(runs: list[Run], most: int) -> list[Run]:
+    """The first and the last of these as they are, those between as one where they are more than `most`."""
+    if len(runs) <= most:
+        return runs
+    half = most // 2
+    return [*runs[:half], Run.of_several(runs[half:-half]), *runs[-half:]]
 
 
 def phase_spans(step: Span, executor_id: str, phases: Phases) -> Iterator[Span]:
@@ -191,6 +231,16 @@ def _result(timeline: Timeline, summary: Summary) -> Attributes:
     if timeline.ended_at is not None:
         attributes["gen_ai.latency.e2e"] = timeline.ended_at - timeline.received_at
     return attributes
+
+
+def _left_out(shown: _Shown) -> Attributes:
+    """How much of the request has no span of its own."""
+    runs = [run for attempt in shown.timeline.attempts for run in _folded(attempt.runs, shown.most_runs)]
+    counts = {
+        "paceline.chunks.folded": sum(run.chunk_count for run in runs if run.chunk_count > 1),
+        "paceline.attempts.forgotten": shown.timeline.forgotten_count,
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _of_door(timeline: Timeline) -> Attributes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from common.spans import Value
 from scheduler_svc.answers import Answer
 from scheduler_svc.core.request import TraceContext
 from scheduler_svc.observation.step_meter import Phases
@@ -13,7 +15,7 @@ MOST_RUNS = 32
 
 MOST_MOMENTS = 64
 MOST_ATTEMPTS = 64
-"""Attempts of one request that are kept: the first ones and the last ones."""
+"""Attempts of one request that are kept: the first ones, the last ones, and those that go on."""
 
 DOOR_S = 0.05
 """From so many seconds between its receipt and its acceptance on, a request has waited at the door, whatever for."""
@@ -34,6 +36,19 @@ class Run:
     phases: Phases | None = None
     chunk_count: int = 1
 
+    @classmethod
+    def of_several(cls, runs: Sequence[Run]) -> Run:
+        """These as one, from the first to the last."""
+        ends = [run.ended_at for run in runs if run.ended_at is not None]
+        return cls(
+            runs[0].step,
+            runs[0].start,
+            sum(run.token_count for run in runs),
+            runs[0].began_at,
+            max(ends) if len(ends) == len(runs) else None,
+            chunk_count=sum(run.chunk_count for run in runs),
+        )
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -43,13 +58,14 @@ class Attempt:
     number: int
     executor_id: str
     began_at: float
+    serial: int = 0  # how many its choice had before; a number of the core's may come again after a cut
     runs: list[Run] = field(default_factory=list)
     decoding_at: float | None = None  # its known tokens were computed and the next one was there
     ended_at: float | None = None
     ending: str = ""  # why it left the executor, where the request goes on
     begun_phases: Phases = field(default_factory=Phases)  # the executor's sums when it began to decode
     begun_step_count: int = 0
-    decode_phases: Phases | None = None  # what the steps took in which it decoded; None: it runs
+    decode_phases: Phases | None = None  # what the steps took in which it decoded, when it was summed up last
     decode_step_count: int = 0
     step_links: list[tuple[bytes, bytes]] = field(default_factory=list)  # (trace id, span id) of recorded steps
 
@@ -65,7 +81,7 @@ class Moment:
 
     at: float
     name: str
-    facts: dict[str, str | int | float] = field(default_factory=dict)
+    facts: dict[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +144,13 @@ class Timeline:
     is_accepted: bool = True  # else it is at the door, or was turned away there, and was so at `accepted_at`
     restored_at: float | None = None  # when it was taken up here; None: it began in this life of the scheduler
     attempts: list[Attempt] = field(default_factory=list)
+    attempt_counts: dict[int, int] = field(default_factory=dict)  # attempts so far, by choice
     moments: list[Moment] = field(default_factory=list)
+    prompt_computed_at: float | None = None  # for the first time
     ended_at: float | None = None
     summary: Summary | None = None  # once it has ended
 
-    def note(self, at: float, name: str, **facts: str | int | float) -> None:
+    def note(self, at: float, name: str, **facts: Value) -> None:
         """Keep a moment, if there is still room."""
         if len(self.moments) < MOST_MOMENTS:
             self.moments.append(Moment(at, name, facts))
@@ -140,8 +158,29 @@ class Timeline:
     def add(self, attempt: Attempt) -> None:
         """It was placed on an executor."""
         if len(self.attempts) >= MOST_ATTEMPTS:
-            del self.attempts[MOST_ATTEMPTS // 2]
+            self._forget_one()
+        attempt.serial = self.attempt_counts.get(attempt.choice, 0)
+        self.attempt_counts[attempt.choice] = attempt.serial + 1
         self.attempts.append(attempt)
+
+    def _forget_one(self) -> None:
+        """Make room from the middle on. The last attempt of a choice goes on, or says since when nobody computes it."""
+        last = {attempt.choice: attempt for attempt in self.attempts}
+        later = range(MOST_ATTEMPTS // 2, len(self.attempts))  # more of them than there are choices
+        del self.attempts[next(index for index in later if (one := self.attempts[index]) is not last[one.choice])]
+
+    @property
+    def forgotten_count(self) -> int:
+        """Attempts that there was no room for."""
+        return sum(self.attempt_counts.values()) - len(self.attempts)
+
+    def of_choice(self, choice: int) -> dict[str, Value]:
+        """What spans and events of a choice say, where there are several."""
+        return {"paceline.choice": choice} if self.choice_count > 1 else {}
+
+    def of_choices(self, choices: Iterable[int]) -> dict[str, Value]:
+        """What an event says that is one for these choices."""
+        return {"paceline.choices": tuple(choices)} if self.choice_count > 1 else {}
 
     def ns(self, at: float) -> int:
         """Nanoseconds since 1970."""
@@ -161,11 +200,6 @@ class Timeline:
     def queued_at(self) -> float:
         """Since when it waits in the queue of this scheduler: where it was before a restart is not known any more."""
         return self.accepted_at if self.restored_at is None else self.restored_at
-
-    @property
-    def first_decoding_at(self) -> float | None:
-        """When the prompt was computed for the first time; None: not yet."""
-        return next((attempt.decoding_at for attempt in self.attempts if attempt.decoding_at is not None), None)
 
     def attempt_of(self, choice: int) -> Attempt | None:
         """The attempt of a choice that goes on."""

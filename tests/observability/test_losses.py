@@ -96,6 +96,25 @@ async def test_an_executor_that_is_cut_off_and_then_lost_is_told_as_one_story():
     assert scene.counts() == ({"lost": 3}, {"replanned": 1})
 
 
+async def test_a_loss_says_which_choices_it_moved():
+    """Who asks why one of three answers has a gap must not have to guess whose pause it was."""
+    scene = Scene("a", "b")
+    request = scene.submit(choice_count=3)
+    first = request.executor.executor_id
+    for _ in range(3):
+        scene.step(first)
+    moved = sorted(one.choice for one in scene.engine.scheduler.executors[first].running)
+    scene.engine.lost(scene.links[first])
+    for _ in range(3):
+        scene.step("ab".replace(first, ""))
+
+    (lost,) = [moment for moment in scene.timeline.moments if moment.name == "executor lost"]
+    again = [moment.facts["paceline.choice"] for moment in scene.timeline.moments if moment.name == "placed again"]
+    assert moved == [0, 1, 2]
+    assert sorted(lost.facts["paceline.choices"]) == moved
+    assert sorted(again) == moved
+
+
 async def test_an_executor_that_goes_at_once_is_lost_once():
     """There was nothing to wait for, so nothing is told of waiting."""
     scene = Scene("a")

@@ -8,9 +8,13 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from common.otlp_json import to_otlp_json
 from executor_svc.fake import FakeRunner
 from paceline.v1 import inference_pb2, observation_pb2, observation_pb2_grpc
-from tests.observability.otlp_receiver import OtlpReceiver
+from paceline_cli.sight.account import account_of
+from paceline_cli.sight.spans import tree_of
+from paceline_cli.sight.trace_view import waterfall
+from tests.observability.otlp_receiver import OtlpReceiver, value_of
 from tests.observability.test_overview import look
 from tests.system import FAST, request, started, until
 
@@ -41,6 +45,10 @@ def check_tree(root):
         assert child.span.start_time_unix_nano >= root.span.start_time_unix_nano - 1000
         assert child.span.end_time_unix_nano <= root.span.end_time_unix_nano + 1000
         check_tree(child)
+
+
+def event_attributes(event):
+    return {one.key: value_of(one.value) for one in event.attributes}
 
 
 async def test_a_streamed_request_is_one_trace_from_the_caller_to_the_phases_of_the_executor(receiver):
@@ -256,6 +264,68 @@ async def test_each_choice_has_its_own_decode(receiver):
     assert len(root.children_of("decode")) == 3
     assert root.attributes["gen_ai.request.choice.count"] == 3
     assert root.attributes["gen_ai.usage.output_tokens"] == 18
+
+
+async def test_a_choice_that_gives_way_is_told_apart_from_those_that_go_on(receiver):
+    """Time in the queue that is put down to another choice explains a pause that nobody had, and hides one that was."""
+    config = replace(FAST, fake_block_count=12, fake_step_us=2000)  # both choices at once need more
+    async with started(executor=config, otlp_endpoint=receiver.endpoint) as system:
+        await read(system, request("a" * 12, 24, request_id="r", choice_count=2, temperature=1.0, ignore_eos=True))
+        (root,) = await received(system, receiver, "r")
+        (told,) = tree_of(to_otlp_json(system.app.engine.observer.spans(system.app.engine.observer.find("r"))))
+
+    check_tree(root)
+    rows = {
+        choice: [child for child in root.children if child.attributes.get("paceline.choice") == choice]
+        for choice in (0, 1)
+    }
+    assert [
+        child for child in root.children if child.name != "door" and "paceline.choice" not in child.attributes
+    ] == []
+    names = {choice: list(dict.fromkeys(child.name for child in some)) for choice, some in rows.items()}
+    assert names[0] == ["queue", "prefill", "decode"]
+    story = [child.name for child in rows[1]]
+    assert [name for name in story if name != "prefill"] in (
+        ["decode", "queue", "decode"],
+        2 * ["decode", "queue"] + ["decode"],
+    )
+    for child in [*root.children_of("prefill")]:
+        assert {one.name for one in child.children} >= {"forward"}
+    events = {event.name: event_attributes(event) for event in root.span.events}
+    assert events["preempted"]["paceline.choice"] == 1
+    assert events["placed again"] == {"paceline.choice": 1, "paceline.executor.id": "e0"}
+    first, second = account_of(told)
+    assert "queue" in second
+    assert "2 times" not in first
+    assert any("preempted #2" in line.plain for line in waterfall("r", [told], 120))
+
+
+async def test_a_decode_that_runs_says_what_its_steps_take(receiver):
+    """Why is it slow *now*? Model or scheduler is the first thing to know, and not only when it is over."""
+    async with started(executor=SLOW, otlp_endpoint=receiver.endpoint) as system:
+        call = system.generate(request("hello", 200, request_id="r", ignore_eos=True))
+        for _ in range(5):
+            await call.read()
+        observer = system.app.engine.observer
+        early = await decode_of(observer, 2)
+        late = await decode_of(observer, 6)
+        call.cancel()
+        (root,) = await received(system, receiver, "r")
+
+    assert 2 <= early["paceline.steps"] < late["paceline.steps"]
+    assert late["paceline.steps.forward_s"] >= 0.02 * (late["paceline.steps"] - 1)
+    assert root.child("decode").attributes["paceline.steps"] >= late["paceline.steps"]
+
+
+async def decode_of(observer, step_count):
+    """What the trace says of a decode that has run for so many steps."""
+    timeline = observer.find("r")
+
+    def attributes():
+        return next(dict(span.attributes) for span in observer.spans(timeline) if span.name == "decode")
+
+    await until(lambda: attributes()["paceline.steps"] >= step_count)
+    return attributes()
 
 
 async def test_no_more_requests_a_second_are_recorded_than_was_said(receiver):

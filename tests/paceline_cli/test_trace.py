@@ -372,7 +372,7 @@ async def test_the_file_is_what_the_scheduler_said(tmp_path, monkeypatch):
         await read(system.generate(request(request_id="mine")))
         real = (await trace(system, "mine", "--output", "-")).stdout
         said = '{"resourceSpans": [ ], "of": "\u00fcber"}'
-        monkeypatch.setattr("scheduler_svc.observation.service.trace_json", lambda *_: said)
+        monkeypatch.setattr("scheduler_svc.observation.service.to_otlp_json", lambda *_: said)
         printed = await trace(system, "mine", "--output", "-")
         result = await trace(system, "mine", "-o", str(tmp_path / "trace.json"))
         refused = await trace(system, "mine", "-o", str(tmp_path))
