@@ -199,7 +199,7 @@ class Observer:
         timeline = self.at_door(arrival)
         timeline.ended_at, timeline.summary = timeline.accepted_at, Summary(0, 0, (), None, (outcome,), error)
         self._ended.append(timeline)
-        if self.tracing.is_recorded(arrival.trace, failed=outcome in _FAILED):
+        if self._is_recorded(timeline, outcome):
             self.tracing.send(self._spans.of(timeline, timeline.ended_at))
 
     @_harmless
@@ -232,14 +232,22 @@ class Observer:
         timeline.end(now)
         self._ended.append(timeline)
         summary = timeline.summarize()
+        is_recorded = self._is_recorded(timeline, summary.outcome)
         if timeline.is_restored:
             self.meter.note_outcome(summary.outcome)  # its times were not all in this life
         else:
             self._note_end(timeline, summary, now)
         if summary.outcome in _BROKEN:
             log.warning("request failed", **log_ids(answer.request), outcome=summary.outcome, reason=summary.error)
-        if self.tracing.is_recorded(timeline.trace, failed=summary.outcome in _FAILED):
+        if is_recorded:
             self.tracing.send(self._spans.of(timeline, now, content_of(answer) if self._keeps_content else ()))
+
+    def _is_recorded(self, timeline: Timeline, outcome: str) -> bool:
+        """Whether the trace of a request that has ended is sent; from then on it says so."""
+        is_recorded = self.tracing.is_recorded(timeline.trace, failed=outcome in _FAILED)
+        if is_recorded:
+            timeline.trace = replace(timeline.trace, flags=timeline.trace.flags | SAMPLED)
+        return is_recorded
 
     def _note_end(self, timeline: Timeline, summary: Summary, now: float) -> None:
         first_token_at = summary.first_token_at

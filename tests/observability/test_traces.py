@@ -200,6 +200,24 @@ async def test_a_request_that_we_fail_at_is_an_error_without_children(receiver, 
     assert [(one.request_id, one.outcome) for one in shown.requests] == [("r", "error")]
 
 
+async def test_a_request_that_is_recorded_for_its_failure_is_shown_as_recorded(receiver):
+    """Whoever sees that it failed looks for its trace, and must not be told that there is none."""
+    async with started(0, otlp_endpoint=receiver.endpoint, trace_requests=0.0) as system:
+        system.add_executor(FAST, PoisonedRunner(FAST))
+        await system.ready()
+        await read(system, request("fine", 2, request_id="fine"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read(system, request("a\x01", 5, request_id="bad"))
+        await received(system, receiver, "bad")
+        overview = await look(system)
+        whole = system.app.engine.meter.whole
+
+    assert {one.request_id: one.is_traced for one in overview.requests} == {"bad": True, "fine": False}
+    assert {one.trace_id for one in whole.exemplars.values()} == {
+        one.trace_id for one in overview.requests if one.request_id == "bad"
+    }
+
+
 class PoisonedRunner(FakeRunner):
     """Fails whenever one token is among those that a step computes."""
 
