@@ -126,7 +126,7 @@ class LoadMeter:
         self.first_token = LatencyMeter()  # from the receipt, like everything that users wait for
         self.per_token = LatencyMeter()
         self.queue = LatencyMeter()  # from acceptance to the first placement
-        self.prefill = LatencyMeter()  # from a placement to the next token
+        self.prefill = LatencyMeter()  # from the first placement to the first token
         self.decode = LatencyMeter()  # from the first token to the end
         self.between_tokens = LatencyMeter()  # from one token of a request to its next
         self.whole = LatencyMeter()  # from the receipt to the end

@@ -206,7 +206,7 @@ def _counts(meter: LoadMeter) -> Iterator[Metric]:
 def _times(meter: LoadMeter) -> Iterator[Metric]:
     yield histogram("paceline_door_seconds", "Held before acceptance; only of those who were.", meter.door)
     yield histogram("paceline_queue_seconds", "From acceptance to the first placement.", meter.queue)
-    yield histogram("paceline_prefill_seconds", "From a placement to the next token.", meter.prefill)
+    yield histogram("paceline_prefill_seconds", "From the first placement to the first token.", meter.prefill)
     yield histogram("paceline_first_token_seconds", "From receipt to the first token.", meter.first_token)
     yield histogram("paceline_per_token_seconds", "Mean of the tokens after the first.", meter.per_token)
     yield histogram("paceline_between_tokens_seconds", "From a token to the next of its request.", meter.between_tokens)

@@ -423,7 +423,9 @@ class Observer:
         for timeline, attempt, run, samples in flight.parts:
             run.ended_at, run.phases = now, steps.last
             if samples and attempt.ended_at is None:
-                self.meter.prefill.note(now, now - attempt.began_at)
+                if timeline.prompt_computed_at is None and not timeline.is_restored:
+                    prefill_s = now - timeline.attempts[0].began_at
+                    self.meter.prefill.note(now, prefill_s, self._exemplar(timeline))
                 self._begin_decoding(timeline, attempt, now)
         if self.tracing.is_on:
             trace = flight.trace

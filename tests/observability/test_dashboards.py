@@ -1,13 +1,19 @@
 """The dashboards as Grafana gets them."""
 
+import asyncio
 import json
+import re
+import urllib.request
 from pathlib import Path
 
 import pytest
 import yaml
 
+from common.processes import ANY_PORT
 from deploy.grafana.make_dashboards import dashboards
+from tests.observability.otlp_receiver import OtlpReceiver
 from tests.observability.prometheus import DASHBOARDS, ROOT
+from tests.system import request, started
 
 GRAFANA = ROOT / "deploy/grafana"
 FILES = sorted(DASHBOARDS.glob("*.json"))
@@ -68,14 +74,40 @@ def test_panels_fill_the_grid_and_do_not_overlap(file):
         taken |= cells
 
 
-def test_slow_requests_lead_to_their_traces():
-    """A dot on a curve is one request: the way from `slow` to `why`."""
-    with_exemplars = {
-        target["expr"]
-        for panel in panels(DASHBOARDS / "latency.json")
-        for target in panel["targets"]
-        if "exemplar" in target
+def asking_for_exemplars() -> dict[str, set[str]]:
+    """The histograms of the panels that show dots, by the panels' titles."""
+    return {
+        panel["title"]: {name for one in panel["targets"] for name in re.findall(r"(\w+)_bucket", one["expr"])}
+        for file in FILES
+        for panel in panels(file)
+        if any(target.get("exemplar") for target in panel["targets"])
     }
 
-    for histogram in ("first_token", "queue", "prefill", "request"):
-        assert any(f"paceline_{histogram}_seconds_bucket" in expr for expr in with_exemplars)
+
+def test_slow_requests_lead_to_their_traces():
+    """A dot on a curve is one request: the way from `slow` to `why`."""
+    histograms = set().union(*asking_for_exemplars().values())
+
+    assert histograms == {f"paceline_{name}_seconds" for name in ("first_token", "queue", "prefill", "request")}
+
+
+async def test_every_panel_that_asks_for_exemplars_has_a_histogram_that_exports_them():
+    """A panel without the dots that its dashboard promises looks as if nobody had been slow."""
+    receiver = OtlpReceiver()
+    async with started(otlp_endpoint=receiver.endpoint) as system:
+        assert [one async for one in system.generate(request("hello", 4))]
+        await system.idle()
+        pages = system.app.pages()
+        metrics = await asyncio.to_thread(openmetrics, pages.start(ANY_PORT, "127.0.0.1"))
+        pages.stop()
+    receiver.close()
+    exporting = {name for line in metrics.splitlines() for name in re.findall(r"^(\w+)_bucket.* # \{trace_id=", line)}
+
+    assert {title: asked - exporting for title, asked in asking_for_exemplars().items() if asked - exporting} == {}
+
+
+def openmetrics(port: int) -> str:
+    """The metrics as Prometheus asks for them where it keeps exemplars."""
+    accepted = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=accepted)) as answer:
+        return answer.read().decode()

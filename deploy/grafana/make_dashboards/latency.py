@@ -55,11 +55,13 @@ _SPREAD = (
         "Who waits for a first token, and who does not?",
         "Two bands are two kinds of requests: reused and new prompts, short and long ones.",
         "paceline_first_token_seconds",
+        exemplars=True,
     ),
     Heatmap(
         "Is the queue slow for all or for some?",
         "A band far above the rest are requests that others overtake.",
         "paceline_queue_seconds",
+        exemplars=True,
     ),
     Heatmap(
         "Do tokens come evenly?",

@@ -93,11 +93,13 @@ class Heatmap:
     title: str
     text: str
     histogram: str
+    _: KW_ONLY
+    exemplars: bool = False  # as in `Lines`
 
     def as_json(self) -> Json:
         """As Grafana reads it."""
         expr = f"sum by (le) (increase({self.histogram}_bucket[$__rate_interval]))"
-        target = {"format": "heatmap", "exemplar": True}
+        target = {"format": "heatmap", **({"exemplar": True} if self.exemplars else {})}
         panel = _panel("heatmap", self.title, self.text, {"{{le}}": expr}, (8, _HEIGHT), **target)
         panel["options"] = {
             "calculate": False,
