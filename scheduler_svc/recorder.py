@@ -16,6 +16,7 @@ from scheduler_svc.core.request import FinishReason, Request, RequestState, Samp
 from scheduler_svc.journal import records
 from scheduler_svc.journal.journal import Journal
 from scheduler_svc.journal.restored import RestoredChoice, RestoredRequest
+from scheduler_svc.observation.tracing import SAMPLED
 from scheduler_svc.text_stream import TextStream
 from scheduler_svc.tokenizer import Tokenizer
 
@@ -255,6 +256,7 @@ def _trace_of(value: Any) -> TraceContext | None:
     if not value:
         return None
     trace_id, span_id, flags, *parent = value
-    if not parent:  # the release before wrote the caller's span, and made none of its own
-        return TraceContext(bytes.fromhex(trace_id), secrets.token_bytes(8), flags, bytes.fromhex(span_id))
+    if not parent:  # the release before wrote the caller's span, recorded or not, and made none of its own
+        caller = bytes.fromhex(span_id) if flags & SAMPLED else b""
+        return TraceContext(bytes.fromhex(trace_id), secrets.token_bytes(8), flags, caller)
     return TraceContext(bytes.fromhex(trace_id), bytes.fromhex(span_id), flags, bytes.fromhex(parent[0]))

@@ -184,6 +184,10 @@ class Observer:
         if is_restored:
             timeline.restored_at = self._clock()
             timeline.note(timeline.restored_at, "restored")
+            for choice in request.family:
+                # Who has a token had all before it computed; how far the others were is not known any more.
+                if choice.output_count and choice.state is not RequestState.FINISHED:
+                    self._computed[choice] = len(choice.token_ids) - 1
             return
         for stream in answer.streams:
             stream.on_first_token = lambda now: self._note_first_token(timeline, now)

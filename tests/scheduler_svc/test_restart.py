@@ -24,7 +24,7 @@ from scheduler_svc.text_stream import TextStream
 from scheduler_svc.tokenizer import Tokenizer
 from tests.scheduler_svc.test_reattach import named, read_choices
 from tests.scheduler_svc.test_service import expected_text, status_of
-from tests.system import FAST, request, started, until
+from tests.system import FAST, request, run_executor, started, until
 
 SLOW = replace(FAST, fake_step_us=20_000)
 BAD = "é".encode()[0]  # the fake model never says it by itself
@@ -194,6 +194,48 @@ def test_a_journal_of_the_release_before_is_still_read():
     assert now.accepted_at - now.received_at == pytest.approx(10)
     assert (old.terms.operation, old.terms.method) == ("text_completion", "Generate")
     assert old.accepted_at == old.received_at
+
+
+@pytest.mark.parametrize(("flags", "parent_id"), [(1, b"c" * 8), (0, b"")])
+def test_a_caller_that_does_not_record_is_no_parent_in_a_journal_of_the_release_before_either(flags, parent_id):
+    """Nobody would find its span: the request's own would hang in the air wherever its trace is looked at."""
+    request = Request("r", array("I", range(5)), 5, 8)
+    terms = Terms(detach_timeout_s=30, is_named=True)
+    record = accepted_record(Answer(request, [TextStream(Tokenizer.bytes(), ())], terms, 100.0), "fake")
+    parameters = record.parameters | {"trace": [(b"t" * 16).hex(), (b"c" * 8).hex(), flags]}
+    choice = RestoredChoice(1, 0, array("I"), None, "", None, 0, 0, 0, 0)
+    data = (1, "r", b"", record.accepted_at, None, None, request.token_ids, parameters, [choice])
+    trace = answer_of(RestoredRequest(*data), Tokenizer.bytes()).request.trace
+
+    assert (trace.trace_id, trace.parent_id) == (b"t" * 16, parent_id)
+    assert trace.span_id not in (b"c" * 8, b"")
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_what_has_to_be_computed_again_after_a_restart_is_counted(tmp_path, stays):
+    """It is what an executor that did not come back costs; one that is still there costs nothing."""
+    address = f"unix:{tmp_path}/scheduler"
+    settings = {"journal": str(tmp_path / "journal.db"), "drain_timeout_s": 0, "listen": (address,)}
+    config = replace(SLOW, scheduler=address, executor_id="e0", drain_timeout_s=1)
+    async with started(0, **settings) as system:
+        executor = asyncio.create_task(run_executor(config, FakeRunner(config)))
+        await system.ready()
+        call = system.generate(ask("r"))
+        messages = [await call.read() for _ in range(6)]
+    if not stays:
+        executor.cancel()
+        await asyncio.gather(executor, return_exceptions=True)
+        executor = asyncio.create_task(run_executor(config, FakeRunner(config)))
+    async with started(0, **settings) as system:
+        place = (0, messages[-1].output_token_count, messages[-1].text_length)
+        texts, _, _ = await read_choices(system.generate(ask("r", resume_from=[place])))
+        recomputed_count = system.app.engine.meter.recomputed_token_count
+        executor.cancel()
+        await asyncio.gather(executor, return_exceptions=True)
+
+    assert "".join(message.text for message in messages) + texts[0] == expected_text("hello", 30)
+    known_count = len("hello") + messages[-1].output_token_count
+    assert recomputed_count == 0 if stays else known_count - 1 <= recomputed_count < len("hello") + 30
 
 
 async def test_requests_wait_for_an_owner_that_does_not_answer_and_then_go_elsewhere(tmp_path):
