@@ -14,7 +14,6 @@ import structlog
 
 from common.grpc_servers import open_channel
 from paceline.internal.v1 import executor_pb2 as pb
-from paceline.internal.v1 import executor_pb2_grpc
 from scheduler_svc import wire
 from scheduler_svc.core.plan import Capacity, Inventory, Plan, ProtocolError, Result
 from scheduler_svc.core.request import Request
@@ -26,6 +25,7 @@ _ATTACH_TIMEOUT_S = 30.0  # the step that runs there ends first; that the proces
 _RETURN_S = 0.5  # how long an executor that was cut off may take to answer before its requests go elsewhere
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 1.0
 _EXPECTED_STEP_FACTOR = 20
+_ATTACH = f"/{pb.DESCRIPTOR.services_by_name['ExecutorService'].full_name}/Attach"
 
 
 # What gRPC makes of a line that broke, or a process that ended.
@@ -95,7 +95,7 @@ class ExecutorLink:
         self._events = events
         self._clock = clock
         self._outgoing: asyncio.Queue[pb.SchedulerMessage] = asyncio.Queue()
-        self._unanswered: deque[bool] = deque()  # for each plan on its way: whether it goes on with requests
+        self._unanswered: deque[tuple[bool, float]] = deque()  # plans: whether it goes on with requests; sent when
         self._step_began_at: float | None = None  # when the oldest unanswered plan became the oldest
         self.steps = StepMeter()
         self.answered_step = 0
@@ -124,11 +124,11 @@ class ExecutorLink:
         """Put a plan on its way."""
         message = self._message(plan=wire.encode_plan(plan, self._acknowledged_step))
         self._acknowledged_step = 0
-        self.steps.sent_byte_count += message.ByteSize()
         self.steps.token_count += plan.token_count
+        now = self._clock()
         if not self._unanswered:
-            self._step_began_at = self._clock()
-        self._unanswered.append(plan.request_count > len(plan.new_requests))
+            self._step_began_at = now
+        self._unanswered.append((plan.request_count > len(plan.new_requests), now))
         self._outgoing.put_nowait(message)
 
     def acknowledge(self, step: int) -> None:
@@ -152,9 +152,11 @@ class ExecutorLink:
     async def _keep(self) -> None:
         pause_s, told = 0.0, ""
         async with open_channel(self._address) as self._channel:
-            stub = executor_pb2_grpc.ExecutorServiceStub(self._channel)
+            open_stream = self._channel.stream_stream(
+                _ATTACH, request_serializer=self._to_bytes, response_deserializer=self._from_bytes
+            )
             while not self._detached:
-                ending = await self._attach(stub)
+                ending = await self._attach(open_stream)
                 if self._detached:
                     return
                 if ending.was_open or ending.reason != told:  # that it still does not answer is no news
@@ -166,12 +168,22 @@ class ExecutorLink:
                 await asyncio.sleep(pause_s)
                 pause_s = min(max(_FIRST_RETRY_S, 2 * pause_s), _LAST_RETRY_S)
 
-    async def _attach(self, stub: executor_pb2_grpc.ExecutorServiceAsyncStub) -> _Ending:
+    def _to_bytes(self, message: pb.SchedulerMessage) -> bytes:
+        """As the stub of `ExecutorService` does it, and counted on the way: to ask a message for its size writes it."""
+        data = message.SerializeToString()
+        self.steps.sent_byte_count += len(data)
+        return data
+
+    def _from_bytes(self, data: bytes) -> pb.ExecutorMessage:
+        self.steps.received_byte_count += len(data)
+        return pb.ExecutorMessage.FromString(data)
+
+    async def _attach(self, open_stream: grpc.aio.StreamStreamMultiCallable) -> _Ending:
         """Serve one attachment; returns how it ended."""
         self._outgoing = asyncio.Queue()
         self._unanswered.clear()
         self.answered_step = self._acknowledged_step = 0
-        call = stub.Attach()
+        call = open_stream()
         tasks: list[asyncio.Task[None]] = []
         ending = _Ending("the link was closed", may_return=False)
         try:
@@ -244,10 +256,10 @@ class ExecutorLink:
     def _take_result(self, message: pb.ExecutorMessage) -> None:
         if not self._unanswered:
             raise ProtocolError(f"result of step {message.result.step}, but no plan is in flight")
-        goes_on = self._unanswered.popleft()
-        self.steps.received_byte_count += message.ByteSize()
-        self.steps.note(wire.decode_phases(message.result.timings), goes_on=goes_on)
-        self._step_began_at = self._clock() if self._unanswered else None
+        now = self._clock()
+        goes_on, sent_at = self._unanswered.popleft()
+        self.steps.note(wire.decode_phases(message.result.timings), goes_on=goes_on, away_s=now - sent_at)
+        self._step_began_at = now if self._unanswered else None
         self.answered_step = message.result.step
         self._events.answered(self, wire.decode_result(message.result))
 

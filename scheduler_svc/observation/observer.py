@@ -35,9 +35,6 @@ _MOST_LINKS = 32
 _MOST_STEP_LINKS = 8
 """Recorded steps that an attempt is linked to."""
 
-_SLOW_FACTOR, _SLOW_S = 5.0, 0.05
-"""A step is slow when it took so many times the mean, and at least so long."""
-
 _FAILED = ("error", "deadline", "cut off")
 _BROKEN = ("error", "cut off")  # the service is to blame
 
@@ -433,7 +430,7 @@ class Observer:
                 self._begin_decoding(timeline, attempt, now)
         if self.tracing.is_on:
             trace = flight.trace
-            if trace is None and self._is_slow(steps):
+            if trace is None and steps.is_slow:
                 trace = self.tracing.slow_step()
             if trace is not None:
                 self._record(executor_id, flight, trace, steps, now)
@@ -444,11 +441,6 @@ class Observer:
             timeline.prompt_computed_at = now
         attempt.decoding_at = now
         attempt.begun_phases, attempt.begun_step_count = steps.total, steps.step_count
-
-    @staticmethod
-    def _is_slow(steps: StepMeter) -> bool:
-        busy_s = steps.last.busy
-        return busy_s >= _SLOW_S and busy_s * steps.step_count > _SLOW_FACTOR * steps.total.busy
 
     def _record(self, executor_id: str, flight: _Flight, trace: TraceContext, steps: StepMeter, now: float) -> None:
         """Record a step, linked to the requests in it that are recorded, and these to it."""

@@ -10,6 +10,9 @@ from typing import NamedTuple
 _RECENT = 64
 """Steps that means and the median are over."""
 
+_SLOW_FACTOR, _SLOW_S = 5.0, 0.05
+"""A step is slow when it took so many times the mean, and at least so long."""
+
 
 class Phases(NamedTuple):
     """Seconds by what the executor did, as it measured them on its own clock, in the order in which they pass."""
@@ -41,15 +44,28 @@ class StepMeter:
     sent_byte_count: int = 0  # of messages to the executor
     received_byte_count: int = 0
     last: Phases = field(default_factory=Phases)  # the step that ran last
+    last_s: float = 0.0  # how long that took as a whole; see `note`
+    whole_s: float = 0.0  # the same of all steps
     _recent: deque[Phases] = field(default_factory=lambda: deque(maxlen=_RECENT))  # idle where it had work, else 0
 
-    def note(self, phases: Phases, *, goes_on: bool) -> None:
-        """A step has run; `goes_on`: with requests that were there before it."""
+    def note(self, phases: Phases, *, goes_on: bool, away_s: float = 0.0) -> None:
+        """A step has run; `goes_on`: with requests that were there before it. `away_s` is the time from when its plan
+        was sent until somebody here had time for its result.
+
+        The way there and back is part of how long it took. That the step before it ran meanwhile is not.
+        """
         self.step_count += 1
+        self.last_s = max(phases.busy, away_s - phases.wait)
+        self.whole_s += self.last_s
         self.total = Phases(*(one + other for one, other in zip(self.total, phases, strict=True)))
         self.starved_s += phases.idle if goes_on else 0.0
         self.last = phases
         self._recent.append(phases if goes_on else phases._replace(idle=0.0))
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the last step took unusually long, wherever: on the executor, on the wire, or here."""
+        return self.last_s >= _SLOW_S and self.last_s * self.step_count > _SLOW_FACTOR * self.whole_s
 
     @property
     def median_s(self) -> float:
