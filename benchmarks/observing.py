@@ -1,6 +1,6 @@
 """What it costs to watch: timelines and histograms, which are always on, and traces, which are not.
 
-    python benchmarks/observing.py step         # of the scheduler's thread: for a step, and for a request
+    python benchmarks/observing.py step         # of the scheduler's thread, a step and a request; of the executor's
     python benchmarks/observing.py whole        # of the whole system: traces off and on in turns
     python benchmarks/observing.py overview     # of one look by `paceline top` or the status page
 
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from array import array
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,9 @@ from split import Side, load, serve_if_asked
 from common.logs import configure_logs
 from common.spans import Origin
 from executor_svc.config import ExecutorConfig
+from executor_svc.fake import FakeRunner
+from executor_svc.metrics import ExecutorMetrics
+from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc.answers import Answer, Terms
 from scheduler_svc.core.layer_groups import LayerGroup
 from scheduler_svc.core.plan import Capacity, Result
@@ -42,6 +45,7 @@ from scheduler_svc.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the receiver of the tests
 
+BLOCKS = 100_000  # of an executor with a large device
 RUNNING = 256
 STEPS = 2000
 REQUESTS = 2000
@@ -141,18 +145,31 @@ def request_cost(sink: object, requests_per_s: float) -> float:
     return 1e6 * spent / REQUESTS
 
 
+def executor_step_cost() -> float:
+    """Microseconds of what an executor counts of a step, on the thread of its model, after the result was told."""
+    metrics = ExecutorMetrics("e", FakeRunner(ExecutorConfig(model="fake", fake_block_count=64)))
+    plan = pb.Plan(step=1, chunk_token_counts=array("I", [100]).tobytes())
+    timings = pb.Timings(queued_us=100, idle_us=0, prepare_us=200, forward_us=20_000, sample_us=300)
+    result = pb.StepResult(step=1, token_ids=array("i", [7] * RUNNING).tobytes(), timings=timings)
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        metrics.note_step(plan, result)
+    return 1e6 * (time.perf_counter() - began) / STEPS
+
+
 def steps_and_requests() -> None:
-    """Print what the scheduler's thread pays."""
+    """Print what the scheduler's thread pays, and the executor's."""
     from common.span_exporter import OtlpSink
 
     receiver = Receiver()
     sink = OtlpSink(receiver.endpoint)
-    table = Table("", "µs", title="What is noted, on the scheduler's thread")
+    table = Table("", "µs", title="What is noted, on the scheduler's thread and on the executor's")
     table.add_row(f"step, {RUNNING} decode, traces off", f"{step_cost(None):.1f}")
     table.add_row(f"step, {RUNNING} decode, 1 in 100 traced", f"{step_cost(sink):.1f}")
     table.add_row("request, traces off", f"{request_cost(None, 0):.1f}")
     table.add_row("request, traces on, this one not traced", f"{request_cost(Null(), 0):.1f}")
     table.add_row("request, traced", f"{request_cost(sink, 1e9):.1f}")
+    table.add_row(f"executor: step, {RUNNING} rows and a chunk", f"{executor_step_cost():.1f}")
     Console().print(table)
     sink.close()
     receiver.stop()
@@ -193,9 +210,9 @@ async def overview() -> None:
     """Print what one look costs the event loop."""
     from google.protobuf.json_format import MessageToJson
 
-    from tests.system import request, started
+    from tests.system import FAST, request, started
 
-    async with started() as system:
+    async with started(2, executor=replace(FAST, fake_block_count=BLOCKS)) as system:
         for number in range(100):
             assert [one async for one in system.generate(request("hello", 4, request_id=f"r{number}"))]
         look = system.app._overview
@@ -210,6 +227,7 @@ async def overview() -> None:
         began = time.perf_counter()
         text = MessageToJson(made, indent=None)
         json_s = time.perf_counter() - began
+    Console().print(f"two executors of {BLOCKS:,} blocks each; {len(made.requests)} requests")
     Console().print(f"a look: {1e3 * statistics.median(times):.2f} ms, {made.ByteSize():,} bytes")
     Console().print(f"as JSON, beside the event loop: {1e3 * json_s:.2f} ms more, {len(text):,} bytes")
 
