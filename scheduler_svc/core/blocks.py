@@ -3,6 +3,8 @@
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 
+_EMPTY, _REUSABLE, _HELD = 0, 1, 2  # as `BlockPool.picture` shows a block
+
 
 class BlockPool:
     """The blocks of one executor's cache, interchangeable between the layer groups of its model.
@@ -18,6 +20,7 @@ class BlockPool:
         """Start with all of `block_count` blocks free."""
         self.block_count = block_count
         self._references = [0] * block_count  # block tables that name the block
+        self._picture = bytearray(block_count)  # what each block is now, kept so that a look costs no loop over blocks
         self._free = list(range(block_count - 1, -1, -1))  # a stack: block 0 goes first, a warm block goes again
         self._reusable: OrderedDict[int, None] = OrderedDict()  # offered and not held, least recently used first
         self._offered: list[dict[bytes, int]] = [{} for _ in range(group_count)]  # content -> block, by layer group
@@ -36,10 +39,12 @@ class BlockPool:
     def take(self, count: int) -> list[int]:
         """Take `count` of the free blocks for one block table."""
         assert count <= self.free_count, f"{count} blocks wanted, {self.free_count} free"
+        references, picture = self._references, self._picture
         taken = []
         for _ in range(count):
             block = self._free.pop() if self._free else self._evict()
-            self._references[block] = 1
+            references[block] = 1
+            picture[block] = _HELD
             taken.append(block)
         return taken
 
@@ -55,6 +60,7 @@ class BlockPool:
         """
         for block in block_ids:
             self._references[block] += 1
+            self._picture[block] = _HELD
         self._free = [block for block in self._free if not self._references[block]]
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -62,18 +68,22 @@ class BlockPool:
         for block in block_ids:
             if not self._references[block]:
                 del self._reusable[block]
+                self._picture[block] = _HELD
             self._references[block] += 1
 
     def give_back(self, block_ids: Iterable[int]) -> None:
         """One block table fewer names these blocks. The first of them will be evicted first."""
+        references, picture = self._references, self._picture
         for block in block_ids:
-            self._references[block] -= 1
-            if self._references[block]:
+            references[block] -= 1
+            if references[block]:
                 continue
             if block in self._content:
                 self._reusable[block] = None
+                picture[block] = _REUSABLE
             else:
                 self._free.append(block)
+                picture[block] = _EMPTY
 
     def offer(self, group: int, content: bytes, block: int) -> None:
         """Make a full block findable. Where another block has the same content already, this one stays private."""
@@ -90,10 +100,7 @@ class BlockPool:
 
     def picture(self) -> bytes:
         """A byte for each block: 0 holds nothing, 1 can be found by its content, 2 a block table names it."""
-        picture = bytearray(2 * (references > 0) for references in self._references)
-        for block in self._reusable:
-            picture[block] = 1
-        return bytes(picture)
+        return bytes(self._picture)
 
     def check_invariants(self, held: Counter[int]) -> None:
         """Hold the pool against the blocks that all block tables name, and how often."""
@@ -104,6 +111,9 @@ class BlockPool:
         assert not free & reusable, "a block is free and reusable"
         assert not (free | reusable) & held.keys(), "a block is free and named by a block table"
         assert len(free) + len(reusable) + len(held) == self.block_count, "a block leaked"
+        states = ((_EMPTY, free), (_REUSABLE, reusable), (_HELD, held))
+        seen = all(self._picture[block] == state for state, blocks in states for block in blocks)
+        assert seen, "the picture shows a block as what it is not"
         assert not free & self._content.keys(), "a block without a future is still offered"
         assert reusable <= self._content.keys(), "a reusable block cannot be found"
         offered = {block: (group, key) for group, blocks in enumerate(self._offered) for key, block in blocks.items()}

@@ -287,9 +287,7 @@ def cells_of(executor: Executor) -> tuple[bytes, int]:
     """The blocks of an executor as at most 1024 cells, and how many blocks one of them stands for."""
     picture = np.frombuffer(executor.cache.pool.picture(), dtype=np.uint8)
     per_cell = -(-len(picture) // _MOST_CELLS)
-    padded = np.zeros(-(-len(picture) // per_cell) * per_cell, dtype=np.uint8)
-    padded[: len(picture)] = picture
-    return padded.reshape(-1, per_cell).max(axis=1).tobytes(), per_cell
+    return np.maximum.reduceat(picture, np.arange(0, len(picture), per_cell)).tobytes(), per_cell
 
 
 def _of_first_choice(timeline: Timeline) -> Iterable[Attempt]:
