@@ -104,14 +104,14 @@ class Answer:
         if message.finish_reason and choice.finish_reason is None:  # after a break the server says it once more
             finish_reason = choice.finish_reason = _finish_reason(message.finish_reason)
         usage = _usage(message.usage) if has_usage else None
+        if not (message.text or token_ids or finish_reason or usage):
+            return None
+        self._attempts.note_progress()
+        self._span.note_chunk()  # before the end of the span: an answer may be one chunk
         if usage is not None and (choices := self._whole_choices()):
             self._output = _output(self.request_id, choices, usage)
             self._is_over = True
             self._span.end(self._output)
-        if not (message.text or token_ids or finish_reason or usage):
-            return None
-        self._attempts.note_progress()
-        self._span.note_chunk()
         return Chunk(message.text, token_ids, finish_reason, usage, message.choice)
 
     def _next_request(self) -> pb.GenerateRequest:

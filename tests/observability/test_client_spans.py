@@ -3,10 +3,11 @@
 import asyncio
 import subprocess
 import sys
+import types
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -73,6 +74,80 @@ async def test_an_error_is_the_status_of_the_span_and_leaving_early_is_none(expo
     assert failed.attributes["error.type"] == "RESOURCE_EXHAUSTED"
     assert left.status.status_code is trace.StatusCode.UNSET
     assert "gen_ai.usage.output_tokens" not in left.attributes
+
+
+async def generate_with_asyncio(address, **parameters):
+    """By the client for asyncio, in one piece."""
+    async with AsyncClient(address) as client:
+        return await client.generate("hello", stream=False, **parameters)
+
+
+async def generate_on_a_thread(address, **parameters):
+    """The same, by the client for threads."""
+
+    def generate():
+        with Client(address) as client:
+            return client.generate("hello", stream=False, **parameters)
+
+    return await asyncio.to_thread(generate)
+
+
+both_clients = pytest.mark.parametrize("generate", [generate_with_asyncio, generate_on_a_thread])
+
+
+@both_clients
+async def test_an_answer_of_one_chunk_has_a_time_to_its_first_chunk(exporter, generate):
+    """Classifiers ask for one token: they are what the figure matters most to."""
+    async with started() as system:
+        await generate(system.address, max_output_tokens=1)
+
+    assert spans_by_name(exporter)["text_completion"].attributes["gen_ai.response.time_to_first_chunk"] > 0
+
+
+class Breaking(SpanProcessor):
+    """The program's own, with a mistake in one of its methods."""
+
+    def __init__(self, method):
+        setattr(self, method, self.break_down)
+
+    def break_down(self, *_, **__):
+        raise ZeroDivisionError("a mistake in the program's tracing")
+
+
+@both_clients
+@pytest.mark.parametrize("method", ["on_start", "on_end"])
+async def test_a_mistake_in_the_tracing_of_the_program_costs_no_answer(monkeypatch, caplog, generate, method):
+    """The answer was there; whoever lost it to a picture of it would switch tracing off for ever."""
+    provider = TracerProvider()
+    provider.add_span_processor(Breaking(method))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    async with started() as system:
+        output = await generate(system.address, max_output_tokens=3)
+
+    assert len(output.token_ids) == 3
+    assert "OpenTelemetry failed in this program" in caplog.text
+    assert "a mistake in the program's tracing" in caplog.text
+
+
+async def test_an_error_of_a_call_is_told_also_where_the_tracing_of_the_program_fails(monkeypatch):
+    """What the user has to know is what the server said."""
+    provider = TracerProvider()
+    provider.add_span_processor(Breaking("on_end"))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    async with started(max_waiting_requests=0) as system, AsyncClient(system.address, max_retries=0) as client:
+        with pytest.raises(Overloaded):
+            await client.generate("hello", max_output_tokens=4, stream=False)
+
+
+@both_clients
+async def test_calls_do_not_wait_for_opentelemetry_to_be_imported(monkeypatch, caplog, generate):
+    """Programs import it on one thread while another one asks already: half of the module is there then."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", types.ModuleType("opentelemetry.trace"))
+    async with started() as system:
+        output = await generate(system.address, max_output_tokens=2)
+
+    assert len(output.token_ids) == 2
+    assert "OpenTelemetry failed" not in caplog.text
 
 
 async def test_a_batch_is_one_span(exporter):
