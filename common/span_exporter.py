@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import structlog
@@ -22,7 +22,14 @@ log = structlog.get_logger()
 
 _EXPORT_TIMEOUT_S = 3.0
 _MOST_PENDING = 8192
+_MOST_PENDING_BYTES = 32 * 1024 * 1024
 """Spans that wait to be sent; more of them are dropped, and counted: a receiver that is away costs memory to nobody."""
+
+_MOST_MESSAGE_BYTES = 2 * 1024 * 1024
+"""Of the spans that are sent together. Receivers refuse a message of more than 4 MiB, with all that is in it."""
+
+_SPAN_BYTES, _PART_BYTES = 256, 64
+"""Of a span without what it says, and of an attribute, an event or a link without its texts: more than they have."""
 
 _KINDS = {
     spans.SpanKind.INTERNAL: SpanKind.INTERNAL,
@@ -42,7 +49,7 @@ class OtlpSink:
         self._processor = BatchSpanProcessor(
             self._counting, max_queue_size=_MOST_PENDING, schedule_delay_millis=1000, max_export_batch_size=512
         )
-        self._sent_count = 0
+        self._sent_count = self._sent_bytes = 0
         self._overflow_count = 0
 
     @property
@@ -57,13 +64,17 @@ class OtlpSink:
 
     def send(self, some: Sequence[spans.Span]) -> None:
         """Send these, some time soon."""
-        pending_count = self._sent_count - self._counting.exported_count - self._counting.failed_count
-        if pending_count + len(some) > _MOST_PENDING:
+        readable = [_readable(span) for span in some]
+        size = sum(map(_size, readable))
+        pending_count = self._sent_count - self._counting.done_count
+        pending_bytes = self._sent_bytes - self._counting.done_bytes
+        if pending_count + len(some) > _MOST_PENDING or pending_bytes + size > _MOST_PENDING_BYTES:
             self._overflow_count += len(some)
             return
         self._sent_count += len(some)
-        for span in some:
-            self._processor.on_end(_readable(span))
+        self._sent_bytes += size
+        for span in readable:
+            self._processor.on_end(span)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is sent; whether it was in time."""
@@ -77,7 +88,7 @@ class OtlpSink:
 
 
 class _CountingExporter(SpanExporter):
-    """Counts, and says when a receiver is away and when it is back."""
+    """Sends messages that receivers take, counts, and says when a receiver is away and when it is back."""
 
     def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it says so for every batch, and not in our way
@@ -85,8 +96,20 @@ class _CountingExporter(SpanExporter):
         self._endpoint = endpoint
         self._is_away = False
         self.exported_count = self.failed_count = 0
+        self.done_bytes = 0  # of both
+
+    @property
+    def done_count(self) -> int:
+        """Spans that do not wait any more."""
+        return self.exported_count + self.failed_count
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        results = [self._send(message) for message in _messages(spans)]
+        is_whole = all(result is SpanExportResult.SUCCESS for result in results)
+        return SpanExportResult.SUCCESS if is_whole else SpanExportResult.FAILURE
+
+    def _send(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send one message."""
         try:
             result = self._exporter.export(spans)
         except Exception:  # noqa: BLE001  counted like any other failure: nothing may wait for ever
@@ -96,6 +119,7 @@ class _CountingExporter(SpanExporter):
             self.failed_count += len(spans)
         else:
             self.exported_count += len(spans)
+        self.done_bytes += sum(map(_size, spans))
         if is_away and not self._is_away:
             log.warning("traces cannot be sent; serving goes on without them", endpoint=self._endpoint)
         elif self._is_away and not is_away:
@@ -110,6 +134,36 @@ class _CountingExporter(SpanExporter):
         return self._exporter.force_flush(timeout_millis)
 
 
+def _messages(some: Sequence[ReadableSpan]) -> Iterator[list[ReadableSpan]]:
+    """The spans in runs that are small enough to be sent together."""
+    message: list[ReadableSpan] = []
+    size = 0
+    for span in some:
+        span_size = _size(span)
+        if message and size + span_size > _MOST_MESSAGE_BYTES:
+            yield message
+            message, size = [], 0
+        message.append(span)
+        size += span_size
+    if message:
+        yield message
+
+
+def _size(span: ReadableSpan) -> int:
+    """Bytes of a span in a message, or somewhat more."""
+    size = _SPAN_BYTES + _PART_BYTES * len(span.links) + _size_of_text(span.status.description or "")
+    for attributes in (span.attributes, *(event.attributes for event in span.events)):
+        size += _PART_BYTES
+        for value in (attributes or {}).values():
+            texts = [value] if isinstance(value, str) else value if isinstance(value, tuple) else ()
+            size += _PART_BYTES + sum(_size_of_text(str(text)) for text in texts)
+    return size
+
+
+def _size_of_text(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 @lru_cache(maxsize=1024)
 def _resource(origin: spans.Origin) -> Resource:
     """What OTEL_RESOURCE_ATTRIBUTES say comes with it."""
@@ -122,17 +176,22 @@ def _context(trace_id: bytes, span_id: bytes) -> SpanContext:
     return SpanContext(int.from_bytes(trace_id, "big"), int.from_bytes(span_id, "big"), False, _SAMPLED)
 
 
+def _cut(attributes: spans.Attributes) -> spans.Attributes:
+    """With texts that are not too long: OpenTelemetry's own spans would see to that, these are made without them."""
+    return {name: spans.cut(value) if isinstance(value, str) else value for name, value in attributes.items()}
+
+
 def _readable(span: spans.Span) -> ReadableSpan:
     return ReadableSpan(
         name=span.name,
         context=_context(span.trace_id, span.span_id),
         parent=_context(span.trace_id, span.parent_id) if span.parent_id else None,
         resource=_resource(span.origin),
-        attributes=span.attributes,
-        events=[Event(event.name, event.attributes, event.at_ns) for event in span.events],
+        attributes=_cut(span.attributes),
+        events=[Event(event.name, _cut(event.attributes), event.at_ns) for event in span.events],
         links=[Link(_context(link.trace_id, link.span_id)) for link in span.links],
         kind=_KINDS[span.kind],
-        status=Status(StatusCode.UNSET) if span.error is None else Status(StatusCode.ERROR, span.error),
+        status=Status(StatusCode.UNSET) if span.error is None else Status(StatusCode.ERROR, spans.cut(span.error)),
         start_time=span.begin_ns,
         end_time=span.end_ns,
         instrumentation_scope=_SCOPE,

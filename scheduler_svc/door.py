@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 import secrets
@@ -16,6 +15,7 @@ from typing import Any
 import grpc
 
 from common.errors import RefusedError, invalid, shown
+from common.spans import messages_json
 from paceline.v1 import inference_pb2 as pb
 from paceline.v1 import sampling_pb2
 from scheduler_svc.answers import Terms
@@ -318,11 +318,11 @@ def _max_output_count(stopping: sampling_pb2.StopConditions, prompt_count: int, 
 
 
 def _prompt_json(message: pb.GenerateRequest) -> str:
-    """The prompt as the messages of a GenAI span; token ids stay what they are."""
+    """The prompt as the messages of a GenAI span, as far as that takes them; token ids stay what they are."""
     if message.HasField("chat"):
         said = [(entry.role, entry.content) for entry in message.chat.messages]
     elif message.HasField("text"):
         said = [("user", message.text)]
     else:
         said = [("user", f"{len(message.token_ids.ids)} token ids")]
-    return json.dumps([{"role": role, "parts": [{"type": "text", "content": text}]} for role, text in said])
+    return messages_json(said)

@@ -15,11 +15,10 @@ attempt are one `prefill`, and the request says how many.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.spans import Attributes, Origin, Span, SpanEvent, SpanKind, SpanLink, Value, child_id
+from common.spans import Attributes, Origin, Span, SpanEvent, SpanKind, SpanLink, Value, child_id, messages_json
 from scheduler_svc.observation.step_meter import Phases
 from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
 
@@ -254,9 +253,7 @@ def _of_content(content: tuple[str, ...]) -> Attributes:
     prompt, *outputs = content
     return {
         **({"gen_ai.input.messages": prompt} if prompt else {}),  # not kept over a restart
-        "gen_ai.output.messages": json.dumps(
-            [{"role": "assistant", "parts": [{"type": "text", "content": text}]} for text in outputs]
-        ),
+        "gen_ai.output.messages": messages_json(("assistant", text) for text in outputs),
     }
 
 
