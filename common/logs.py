@@ -7,9 +7,13 @@ import structlog
 
 
 def configure_logs(service: str, level: str = "info") -> None:
-    """Set up structlog for this process; `service` stands in every line. `level` as in `logging`."""
+    """Set up structlog for this process; `service` stands in every line. `level` as in `logging`.
+
+    Tracebacks have no local variables, on a terminal neither: prompts are among them.
+    """
     pretty = sys.stderr.isatty()
-    renderer = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    for_people = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    renderer = for_people if pretty else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
