@@ -10,20 +10,24 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
+from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import structlog
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.registry import Collector
 
 from common.grpc_servers import AddressError, AddressTakenError
 from common.processes import ANY_PORT
 
 log = structlog.get_logger()
+
+_LONGEST_LINE = 65536
+"""Bytes of the first line of a request."""
 
 _HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
@@ -71,12 +75,14 @@ class HttpPages:
         most_connections: int = 32,
         within_s: float = 10.0,
     ) -> None:
-        """Serve what `collectors` find at `/metrics`, and `pages` by path: one that ends in `/` has pages below it.
+        """Serve what `collectors` find at `/metrics`, with memory and CPU of the process, and `pages` by path: one that
+        ends in `/` has pages below it.
 
         Each connection has a thread. One more than `most_connections` is answered with 503 at once; one that has not
         asked, or not taken its answer, within `within_s` is closed.
         """
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         for collector in collectors:
             registry.register(collector)
         self._metrics: WSGIApplication = make_wsgi_app(registry)
@@ -147,6 +153,14 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def server_bind(self) -> None:
+        """Bind without a question to the DNS. The base classes ask for the host's full name, which takes seconds where
+        nobody answers, and this runs on event loops.
+        """
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.setup_environ()
+
     def set_limits(self, most_connections: int, within_s: float) -> None:
         """To be called before anybody is served."""
         self._room = threading.BoundedSemaphore(most_connections)
@@ -191,8 +205,40 @@ class _QuietHandler(WSGIRequestHandler):
         self.rfile.close()
         self.rfile = io.BufferedReader(_ReadWithin(self.connection, self.server.within_s))
 
+    def handle(self) -> None:
+        """Answer one request. As the base class does it, but for who is told of mistakes."""
+        self.raw_requestline = self.rfile.readline(_LONGEST_LINE + 1)
+        if len(self.raw_requestline) > _LONGEST_LINE:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(414)
+            return
+        if not self.parse_request():  # which has said so
+            return
+        answer = _Answer(self.rfile, self.wfile, self.get_stderr(), self.get_environ())  # type: ignore[arg-type]
+        answer.request_handler = self
+        application = self.server.get_app()
+        assert application is not None, "make_server gives it one"
+        answer.run(application)
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  as its caller names it
         """Not a line for every scrape."""
+
+
+class _Answer(ServerHandler):
+    """Tells the log what goes wrong, in lines like all others: the base class writes tracebacks to stderr."""
+
+    request_handler: _QuietHandler
+
+    def log_exception(
+        self, exc_info: tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
+    ) -> None:
+        """Something was raised while it was made or sent."""
+        peer, path = self.request_handler.client_address[0], self.request_handler.path
+        if isinstance(exc_info[1], TimeoutError):
+            within_s = self.request_handler.server.within_s
+            log.info("an HTTP answer was not taken in time", peer=peer, path=path, within_s=within_s)
+        else:
+            log.error("an HTTP answer could not be made", peer=peer, path=path, exc_info=exc_info)
 
 
 class _ReadWithin(io.RawIOBase):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-from prometheus_client import PROCESS_COLLECTOR, CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -62,7 +62,6 @@ class ExecutorMetrics(Collector):
         yield GaugeMetricFamily("paceline_cache_bytes", "Bytes of the cache.", self._info.cache_bytes)
         yield from _device_memory()
         yield from self._registry.collect()
-        yield from PROCESS_COLLECTOR.collect()
 
 
 def _device_memory() -> Iterator[Metric]:
