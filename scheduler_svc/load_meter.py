@@ -128,12 +128,14 @@ class LoadMeter:
         self.queue = LatencyMeter()  # from acceptance to the first placement
         self.prefill = LatencyMeter()  # from the first placement to the first token
         self.decode = LatencyMeter()  # from the first token to the end
+        self.inference = LatencyMeter()  # from the first placement to the end
         self.between_tokens = LatencyMeter()  # from one token of a request to its next
         self.whole = LatencyMeter()  # from the receipt to the end
         self.plan = WorkMeter()  # plans made
         self.apply = WorkMeter()  # results taken in
         self.prompt_sizes = SizeMeter()
         self.output_sizes = SizeMeter()
+        self.longest_sizes = SizeMeter()  # of the longest choice of a request
         self.refused_counts: Counter[str] = Counter()  # by one of `refusals.REASONS`
         self.outcome_counts: Counter[str] = Counter()  # why requests ended
         self.move_counts: Counter[str] = Counter()  # placements that had to end before their requests, by cause
@@ -194,6 +196,8 @@ class LoadMeter:
         self.prompt_sizes.note(prompt_count)
         for size in output_counts:
             self.output_sizes.note(size)
+        longest = max(output_counts)  # choices decode beside each other
+        self.longest_sizes.note(longest)
         output_count = sum(output_counts) // len(output_counts)
         if not output_count:
             return  # it says nothing of what others will come to
@@ -201,7 +205,6 @@ class LoadMeter:
         self._prompt_tokens += (prompt_count - self._prompt_tokens) / self._weight
         self._output_tokens += (output_count - self._output_tokens) / self._weight
         self.decode.note(now, decoding_s)
-        longest = max(output_counts)  # choices decode beside each other
         if longest > 1:
             seconds = decoding_s / (longest - 1)
             self.per_token.note(now, seconds)

@@ -254,6 +254,8 @@ class Observer:
         first_token_at = summary.first_token_at
         if not timeline.attempts:  # it waited in vain: times in the queue are not only those of survivors
             self.meter.queue.note(now, now - timeline.accepted_at, self._exemplar(timeline))
+        else:
+            self.meter.inference.note(now, now - timeline.attempts[0].began_at)
         self.meter.note_ended(
             now,
             prompt_count=summary.prompt_count,

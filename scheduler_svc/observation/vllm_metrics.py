@@ -1,4 +1,7 @@
-"""The figures of this scheduler under the names that vLLM gives them: dashboards and autoscalers ask by those."""
+"""The figures of this scheduler under the names that vLLM gives them: dashboards and autoscalers ask by those.
+
+What this system does not have is left out (LoRA, speculation, sleep), as is what it does not measure.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from scheduler_svc.load_meter import LatencyMeter, LoadWatcher, SizeMeter
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 """The only format whose names may have colons: OpenMetrics would rewrite them."""
 
-_LABELS = ["model_name", "engine"]
+_LABELS = ["model_name", "engine", "model"]
+"""vLLM's own two, and the one by which the KEDA queries of its production stack ask for the same name."""
+
 _REASONS = {"stop": ("stop",), "length": ("length",), "abort": ("cancelled", "deadline"), "error": ("error", "cut off")}
 
 
@@ -27,7 +32,7 @@ class VllmMetrics(Collector):
     def __init__(self, model: str, fleet: Fleet, engine: Engine) -> None:
         """Watch these."""
         self._model, self._fleet, self._engine = model, fleet, engine
-        self._values = [model, "0"]
+        self._values = [model, "0", model]
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         self._registry = registry
@@ -49,6 +54,7 @@ class VllmMetrics(Collector):
             yield self._gauge(name, text, value)
         yield self._cache_config()
         yield self._counter("prompt_tokens", "Number of prefill tokens.", meter.placed_prompt_token_count)
+        yield self._counter("prompt_tokens_cached", "Prompt tokens found in a cache.", load.reused_token_count)
         yield self._counter("generation_tokens", "Number of generation tokens.", load.generated_token_count)
         yield self._counter("num_preemptions", "Number of preemptions.", meter.preemption_count)
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", meter.placed_prompt_token_count)
@@ -62,10 +68,13 @@ class VllmMetrics(Collector):
             ("request_queue_time_seconds", "Time in the queue.", meter.queue),
             ("request_prefill_time_seconds", "Time in prefill.", meter.prefill),
             ("request_decode_time_seconds", "Time in decode.", meter.decode),
+            ("request_inference_time_seconds", "Time from its first placement to its end.", meter.inference),
         ):
             yield self._histogram(name, text, times)
         yield self._histogram("request_prompt_tokens", "Prefill tokens of a request.", meter.prompt_sizes)
         yield self._histogram("request_generation_tokens", "Generated tokens of a request.", meter.output_sizes)
+        longest = "Generated tokens of the longest choice of a request."
+        yield self._histogram("request_max_num_generation_tokens", longest, meter.longest_sizes)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)

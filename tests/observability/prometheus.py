@@ -238,6 +238,19 @@ def _of_dashboards() -> Iterator[tuple[str, str]]:
                 yield f"{file.name}: {panel['title']} [{target['refId']}]", target["expr"]
 
 
+def of_each_executor(window: str = "1m") -> list[tuple[str, str]]:
+    """The expressions that a dashboard shows as a curve for each executor, each with where it stands."""
+    targets = [(target["expr"], target.get("legendFormat", "")) for target in _targets()]
+    named = {expr for expr, legend in targets if "{{executor_id}}" in legend}
+    return [(where, _filled_in(expr, window)) for where, expr in _of_dashboards() if expr in named]
+
+
+def _targets() -> Iterator[dict[str, Any]]:
+    for file in sorted(DASHBOARDS.glob("*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            yield from panel.get("targets", ())
+
+
 def _of_rules() -> Iterator[tuple[str, str]]:
     for group in yaml.safe_load(ALERTS.read_text())["groups"]:
         for rule in group["rules"]:

@@ -121,6 +121,14 @@ def test_every_alert_reads_series_that_there_are_and_none_fires(watched):
     assert not watched.firing()
 
 
+def test_memory_is_shown_of_every_process(watched):
+    """A panel with the curves of some looks like one in which the others take nothing."""
+    (expr,) = [expr for where, expr in expressions() if "How much memory do processes take? [A]" in where]
+    jobs = {series["metric"]["job"] for series in watched.query(expr)}
+
+    assert jobs == {"paceline-scheduler", "paceline-executor", "paceline-autoscaler"}
+
+
 def test_a_late_first_token_leads_to_its_trace(watched, receiver):
     """From the dot on the curve to the trace: the exemplar names one that the backend has."""
     found = watched.eventually(lambda: watched.exemplars("paceline_first_token_seconds_bucket"))
@@ -134,9 +142,12 @@ def test_dashboards_made_for_vllm_find_their_names(watched, page):
     text = get(page, "/metrics/vllm")
 
     for name in ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
-        assert f'{name}{{engine="0",model_name="fake"}}' in text
-    assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="fake"} 256.0' in text
-    assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="fake"} 256.0' in text
+        assert f'{name}{{engine="0",model="fake",model_name="fake"}}' in text
+    labels = 'engine="0",{}model="fake",model_name="fake"'
+    assert f'vllm:request_success_total{{{labels.format("""finished_reason="length",""")}}} 256.0' in text
+    for name in ("time_to_first_token", "request_inference_time"):
+        assert f"vllm:{name}_seconds_count{{{labels.format('')}}} 256.0" in text
+    assert f"vllm:request_max_num_generation_tokens_sum{{{labels.format('')}}} {256 * 24}.0" in text
 
 
 def test_the_page_and_what_it_reads_are_served(served, page):

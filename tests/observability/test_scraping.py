@@ -27,8 +27,13 @@ OF_TARGETS = {"job", "instance"}  # labels that Prometheus puts there
 BUCKETS = ("0.1", "1", "2.5", "+Inf")
 
 
+def has(job: str, name: str) -> bool:
+    """Whether a service has a metric; every process has its memory."""
+    return name == "process_resident_memory_bytes" or job_of(name) == job
+
+
 def job_of(name: str) -> str:
-    """Which service has a metric."""
+    """Which service has a metric that not all of them have."""
     if name.startswith("paceline_autoscaler_"):
         return "paceline-autoscaler"
     is_executors = name.startswith("paceline_") and "executor_id" in METRICS[name] and "paceline_executor_" not in name
@@ -38,9 +43,10 @@ def job_of(name: str) -> str:
 def sample_lines(job: str) -> Iterator[str]:
     """Every metric of a service, with every value of its labels; counters count seconds."""
     for name, labels in METRICS.items():
-        if job_of(name) != job or name in ("up", "ALERTS"):
+        if not has(job, name) or name in ("up", "ALERTS"):
             continue
-        own = set(labels) - OF_TARGETS - ({"executor_id"} if job == "paceline-executor" else set())
+        from_target = {"executor_id"} if job == "paceline-executor" or not name.startswith("paceline_") else set()
+        own = set(labels) - OF_TARGETS - from_target
         values = [[(label, one) for one in sorted(labels[label]) or example(label)] for label in sorted(own)]
         for chosen in itertools.product(*values):
             text = ",".join(f'{label}="{value}"' for label, value in chosen)
