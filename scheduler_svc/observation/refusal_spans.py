@@ -29,5 +29,10 @@ def refusal_span(timeline: Timeline, error: RefusedError, reason: str, origin: O
             "paceline.refused": reason,
             **({"error.type": error.code.name} if is_error else {}),
         },
-        error=error.message if is_error else None,
+        error=_told(error, reason) if is_error else None,
     )
+
+
+def _told(error: RefusedError, reason: str) -> str:
+    """What says why a message is wrong may quote it, which only its sender may see."""
+    return "the message was not valid; its sender was told why" if reason == "invalid" else error.message

@@ -210,6 +210,7 @@ async def test_who_traces_finds_a_refusal_in_the_trace():
         facts = root.attributes
         assert (root.name, root.span.kind, root.span.status.code) == ("text_completion fake", 2, 2)
         assert root.span.status.message
+        assert "must be" not in root.span.status.message, "what tells a sender of a mistake may quote what was sent"
         assert facts["gen_ai.response.id"] == request_id
         assert (facts["rpc.response.status_code"], facts["error.type"], facts["paceline.refused"]) == (
             code,
