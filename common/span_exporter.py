@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import structlog
+from opentelemetry.exporter.otlp.proto.grpc import exporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -90,9 +91,10 @@ class OtlpSink:
 class _CountingExporter(SpanExporter):
     """Sends messages that receivers take, counts, and says when a receiver is away and when it is back."""
 
-    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+    def __init__(self, sender: SpanExporter, endpoint: str) -> None:
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it says so for every batch, and not in our way
-        self._exporter = exporter
+        self._failure = _last_failure()
+        self._exporter = sender
         self._endpoint = endpoint
         self._is_away = False
         self.exported_count = self.failed_count = 0
@@ -112,8 +114,8 @@ class _CountingExporter(SpanExporter):
         """Send one message."""
         try:
             result = self._exporter.export(spans)
-        except Exception:  # noqa: BLE001  counted like any other failure: nothing may wait for ever
-            result = SpanExportResult.FAILURE
+        except Exception as error:  # noqa: BLE001  counted like any other failure: nothing may wait for ever
+            result, self._failure.reason = SpanExportResult.FAILURE, f"{type(error).__name__}: {error}"
         is_away = result is not SpanExportResult.SUCCESS
         if is_away:
             self.failed_count += len(spans)
@@ -121,7 +123,12 @@ class _CountingExporter(SpanExporter):
             self.exported_count += len(spans)
         self.done_bytes += sum(map(_size, spans))
         if is_away and not self._is_away:
-            log.warning("traces cannot be sent; serving goes on without them", endpoint=self._endpoint)
+            log.warning(
+                "traces cannot be sent; serving goes on without them",
+                endpoint=self._endpoint,
+                reason=self._failure.reason,
+                what_to_do="is a receiver there, and does it take OTLP over gRPC? Port 4318 is usually OTLP over HTTP",
+            )
         elif self._is_away and not is_away:
             log.info("traces are sent again", endpoint=self._endpoint)
         self._is_away = is_away
@@ -132,6 +139,28 @@ class _CountingExporter(SpanExporter):
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return self._exporter.force_flush(timeout_millis)
+
+
+class _LastFailure(logging.Handler):
+    """Why the exporter could not send: it tells nobody but its log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.reason = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reason = record.getMessage().rpartition("error code: ")[2]
+
+
+@lru_cache(maxsize=1)
+def _last_failure() -> _LastFailure:
+    """Listens to the exporter's log instead of everybody else."""
+    failure, exporter_log = _LastFailure(), logging.getLogger(exporter.__name__)
+    exporter_log.setLevel(logging.ERROR)
+    exporter_log.propagate = False
+    exporter_log.filters.clear()  # one of them drops what is said again soon: the reason may be another by then
+    exporter_log.addHandler(failure)
+    return failure
 
 
 def _messages(some: Sequence[ReadableSpan]) -> Iterator[list[ReadableSpan]]:

@@ -4,8 +4,11 @@ import json
 import threading
 
 import pytest
+from structlog.testing import capture_logs
 
 from common import span_exporter, spans
+from common.http_pages import HttpPages
+from common.processes import ANY_PORT
 from common.span_exporter import OtlpSink
 from common.spans import CUT, Origin, Span, SpanEvent, messages_json
 from tests.observability.otlp_receiver import OtlpReceiver
@@ -143,3 +146,21 @@ def test_a_conversation_of_very_many_messages_is_cut_too(limit):
 
     assert len(written) <= 1000
     assert len(json.loads(written)) > 10
+
+
+def test_the_log_says_why_traces_cannot_be_sent_and_what_a_receiver_must_speak(receiver, sink):
+    """The mistake that is made most is a receiver's port for HTTP: without a reason it looks like a broken network."""
+    pages = HttpPages([])
+    over_http = OtlpSink(f"http://127.0.0.1:{pages.start(ANY_PORT, '127.0.0.1')}")
+    receiver.fails = True
+    with capture_logs() as lines:
+        for one in (sink, over_http):
+            one.send([span(1)])
+            one.flush(20)
+    over_http.close()
+    pages.stop()
+
+    refused, not_grpc = (line for line in lines if line["event"].startswith("traces cannot be sent"))
+    assert refused["reason"] == "StatusCode.INVALID_ARGUMENT, error details: not today"
+    assert "UNAVAILABLE" in not_grpc["reason"]
+    assert "OTLP over gRPC? Port 4318" in not_grpc["what_to_do"]
