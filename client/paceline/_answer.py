@@ -5,7 +5,7 @@ from grpc import RpcError, StatusCode
 from paceline._calls import Attempts
 from paceline._requests import choice_count, unpacked
 from paceline._tracing import CallSpan
-from paceline.errors import PacelineError, ServerError, ended_without_a_word, error_of_call
+from paceline.errors import PacelineError, ServerError, ended_without_a_word, error_of_call, is_own_time_out
 from paceline.types import Choice, Chunk, FinishReason, Model, Output, Usage
 from paceline.v1 import inference_pb2 as pb
 
@@ -139,7 +139,8 @@ class Answer:
 
     def _wait_s(self, failure: RpcError) -> float:
         """Seconds to wait before the next call; raises the error of `failure` where there is none."""
-        error = error_of_call(failure, self.request_id, self._note())
+        note = self._note(is_own_time_out(failure))
+        error = error_of_call(failure, self.request_id, note, self._attempts.timeout_s)
         try:
             if not self._is_accepted and not self._is_worth_patience(error):
                 return self._attempts.wait_s(error)
@@ -155,13 +156,15 @@ class Answer:
         self._is_awaited = self._is_awaited or ended_without_a_word(error)
         return self._is_awaited and error.code is StatusCode.UNAVAILABLE and self._attempts.patience_s > 0
 
-    def _note(self) -> str:
-        """How far the answer had come, for the message of its error."""
+    def _note(self, is_late: bool) -> str:
+        """How far the answer had come, for the message of its error; `is_late`: which says that time was over."""
         away_s = self._attempts.away_s
         if not self._is_accepted:
             return f" (after {away_s:.1f} s without the server)" if away_s else ""
         token_count = sum(len(choice.token_ids) for choice in self._choices.values())
-        return f" (after {token_count} tokens" + (f", then {away_s:.1f} s without the server)" if away_s else ")")
+        came = f"{token_count} tokens came" if is_late else f"after {token_count} tokens"
+        then = f", then {away_s:.1f} s without the server" if away_s else ""
+        return f"; {came}{then}" if is_late else f" ({came}{then})"
 
     def _leave(self) -> bool:
         """Nobody reads on; returns whether the server has to be told, since the request outlives its call."""

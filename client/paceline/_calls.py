@@ -61,6 +61,7 @@ class Attempts:
     """
 
     def __init__(self, timeout_s: float | None, max_retries: int, patience_s: float) -> None:
+        self.timeout_s = timeout_s  # what the caller allowed for all attempts together; None: without limit
         self._deadline = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
         self._max_retries = max_retries
         self.patience_s = patience_s  # 0: what broke is not taken up again

@@ -195,7 +195,7 @@ class _BatchRun:
             while (message := await self._read(call)) is not grpc.aio.EOF:
                 self._batch.add(cast(pb.GenerateBatchResponse, message))
         except grpc.RpcError as failure:
-            return error_of_call(failure)
+            return error_of_call(failure, timeout_s=self._attempts.timeout_s)
         except _SendingBrokeError:
             return Unavailable("the connection broke while the requests were sent", grpc.StatusCode.UNAVAILABLE)
         finally:
@@ -414,7 +414,8 @@ class AsyncClient:
                 with _local_cancel_as_error(request_id):
                     return await start(timeout=attempts.remaining_s)
             except grpc.RpcError as failure:
-                await asyncio.sleep(attempts.wait_s(error_of_call(failure, request_id)))
+                error = error_of_call(failure, request_id, timeout_s=attempts.timeout_s)
+                await asyncio.sleep(attempts.wait_s(error))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

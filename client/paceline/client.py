@@ -169,7 +169,7 @@ class _BatchRun:
             for message in call:
                 self._batch.add(message)
         except grpc.RpcError as failure:
-            return error_of_call(failure)
+            return error_of_call(failure, timeout_s=self._attempts.timeout_s)
         finally:
             call.cancel()
         return None
@@ -368,7 +368,8 @@ class Client:
             try:
                 return start(timeout=attempts.remaining_s)
             except grpc.RpcError as failure:
-                time.sleep(attempts.wait_s(error_of_call(failure, request_id)))
+                error = error_of_call(failure, request_id, timeout_s=attempts.timeout_s)
+                time.sleep(attempts.wait_s(error))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

@@ -141,6 +141,9 @@ _WITHOUT_A_WORD = re.compile(
     r"|failed to connect.*(Socket closed|Connection reset|Broken pipe|receiving SETTINGS frame)"
 )
 
+# The time-out of a call is over: gRPC's own words. A server that ends a call for its deadline says more.
+_OWN_TIME_OUT = re.compile(r"(Stream removed \()?Deadline Exceeded\b")
+
 _STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -163,8 +166,19 @@ def error_of_number(number: int, message: str, request_id: str) -> PacelineError
     return error_of(_STATUS_OF_NUMBER.get(number, grpc.StatusCode.UNKNOWN), message, request_id)
 
 
-def error_of_call(failure: grpc.RpcError, request_id: str = "", note: str = "") -> PacelineError:
-    """The error that stands for a failed call; `note` is added to the message of the server."""
+def is_own_time_out(failure: grpc.RpcError) -> bool:
+    """Whether the call ended here because its time-out was over, without a word of the server."""
+    return (
+        failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED and _OWN_TIME_OUT.match(failure.details() or "") is not None
+    )
+
+
+def error_of_call(
+    failure: grpc.RpcError, request_id: str = "", note: str = "", timeout_s: float | None = None
+) -> PacelineError:
+    """The error that stands for a failed call; `note` is added to the message of the server. `timeout_s` is what the
+    caller allowed for it, over all of its attempts.
+    """
     message = failure.details() or f"the call ended with {failure.code().name} and no message"
     code = failure.code()
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
@@ -172,6 +186,8 @@ def error_of_call(failure: grpc.RpcError, request_id: str = "", note: str = "") 
         message = f"the request has {sizes[1]} bytes, the server takes at most {sizes[2]}; shorten the prompt"
     elif code in _CODES_OF_A_BROKEN_LINE and _BROKEN_LINE.match(message):
         code = grpc.StatusCode.UNAVAILABLE
+    elif timeout_s is not None and is_own_time_out(failure):
+        message = f"not done within {timeout_s:g} s"
     error = error_of(code, message + note, request_id, _retry_after_s(failure))
     error.__cause__ = failure
     return error
