@@ -110,7 +110,8 @@ class Admission:
                 return await self._let_in(message, arrival, caller)
             except asyncio.CancelledError:
                 is_late = time.monotonic() > caller.deadline - EARLY_S
-                self._turn_away(arrival, hung_up(arrival.request_id, is_late=is_late))
+                held_for = arrival.held_for[-1] if arrival.held_for else ""
+                self._turn_away(arrival, hung_up(arrival.request_id, held_for, is_late=is_late))
                 raise
 
     async def _let_in(self, message: pb.GenerateRequest, arrival: Arrival, caller: Caller) -> Answer:

@@ -53,10 +53,15 @@ def cancelled(request_id: str) -> RefusedError:
     return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request_id}' was cancelled")
 
 
-def hung_up(request_id: str, *, is_late: bool) -> RefusedError:
-    """Its caller has gone before it was accepted: because of its deadline, or for reasons of their own."""
-    code, why = (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline") if is_late else (grpc.StatusCode.CANCELLED, "cancelled")
-    return RefusedError(code, f"the caller of request '{request_id}' has hung up before it was accepted ({why})")
+def hung_up(request_id: str, held_for: str, *, is_late: bool) -> RefusedError:
+    """Its caller has gone before it was accepted: because of its deadline, or for reasons of their own. `held_for` is
+    what it had to wait for last; "": nothing.
+    """
+    when = f"while it was held for {held_for}" if held_for else "before it was accepted"
+    if is_late:
+        message = f"request '{request_id}': its deadline passed {when}; allow more time"
+        return RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+    return RefusedError(grpc.StatusCode.CANCELLED, f"request '{request_id}': its caller hung up {when}")
 
 
 def leaving() -> RefusedError:

@@ -48,7 +48,7 @@ def trace_of(engine: Engine, request_id: str) -> list[Span]:
     if timeline is None:
         raise RefusedError(
             grpc.StatusCode.NOT_FOUND,
-            f"request '{shown(request_id)}' does not run, and is not among the last that ended: their number is "
-            f"--keep-timelines of the scheduler, and it forgets them when it restarts",
+            f"request '{shown(request_id)}' does not run, and is not among the last that ended, or was refused: the "
+            f"number of those that ended is --keep-timelines of the scheduler, and it forgets them when it restarts",
         )
     return observer.spans(timeline)

@@ -109,7 +109,7 @@ async def test_who_gives_up_at_the_door_is_found_with_the_reason():
     check_tree(root)
     assert [child.name for child in root.children] == ["door"]
     assert root.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
-    assert "has hung up before it was accepted (deadline)" in root.span.status.message
+    assert "its deadline passed while it was held for the first executor" in root.span.status.message
     assert (stages(shown), shown.outcome) == (["DOOR"], "deadline")
     assert counts == (0, 0), "it was refused, and has not ended as the accepted ones do"
 
