@@ -2,5 +2,6 @@
 
 import os
 
-# gRPC reports each connection that ends in good order, in a format of its own; what matters of it the services log.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# gRPC reports each connection that ends in good order, and each port that is taken, in a format of its own. What
+# matters of it comes as an error too, which the commands show and the services log.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

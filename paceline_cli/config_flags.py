@@ -21,6 +21,7 @@ _ORDER = "Order"
 _LIMITS = "Limits"
 _NETWORK = "Network"
 _SIGHT = "Looking"
+LOOKING = {"rich_help_panel": _SIGHT}
 _TIMES = "Time-outs"
 _RECOVERY = "Recovery"
 _FAKE = "Without a model (MODEL is 'fake')"

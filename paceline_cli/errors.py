@@ -58,6 +58,9 @@ def _sdk_error(error: Exception) -> CommandError:
         what_to_do = "start a server with `paceline serve`, or name one with --server"
         if "no executor has joined" in message:
             what_to_do = "start an executor with `paceline executor`, or an autoscaler that does"
+        elif "is shutting down" in message:
+            message = message.replace("; retry with backoff", "")
+            what_to_do = "try again in a moment, when it or another server is there"
     elif status in _REFUSALS:
         exit_code = ExitCode.REFUSED
     if error.retry_after_s is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.flags import DEFAULT_SERVER, flag
 
 SERVING = "SERVING"
+_REASON_S = 0.2  # for the reason why there was no connection: known already, or there is none
 
 
 def health(
@@ -41,9 +42,29 @@ def check_health(address: str, service: str = "", timeout_s: float = 3.0) -> str
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError as error:
+            reason = error.details()
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                reason = f"none came within {timeout_s:g} s{_why_not_connected(stub)}"
             raise CommandError(
-                f"no healthy answer from {address}: {error.details()}",
+                f"no healthy answer from {address}: {reason}",
                 "is the server running, and is this its address?",
                 exit_code=ExitCode.UNREACHABLE,
             ) from error
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def _why_not_connected(stub: Any) -> str:
+    """What the connection failed with last, to be added to a message; "" if it did not fail.
+
+    A call that waits for the server, as a start may take a moment, does not say.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2
+
+    try:
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=_REASON_S)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            reason = (error.details() or "").rpartition(": ")[2]  # before it, every address that a name stands for
+            return f" ({reason})"
+    return ""

@@ -44,12 +44,24 @@ class _Verbs(TyperGroup):
             raise  # the reader of our output has left, which is no error
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
+                _name_variable(error)
                 raise  # its own way to print usage errors and to leave
             if os.environ.get(_DEBUG):
                 traceback.print_exc()
             reason = command_error(error)
             print_error(reason)
             raise typer.Exit(reason.exit_code) from None
+
+
+def _name_variable(error: Any) -> None:
+    """Let a usage error name the environment variable that a wrong value came from, beside its flag."""
+    parameter, context = getattr(error, "param", None), getattr(error, "ctx", None)
+    if parameter is None or context is None or not parameter.envvar:
+        return
+    source = context.get_parameter_source(parameter.name)
+    if source is not None and source.name == "ENVIRONMENT":
+        flag = next((name for name in parameter.opts if name.startswith("--")), parameter.metavar or parameter.name)
+        error.param_hint = f"{parameter.envvar} in the environment, which is {flag}"
 
 
 app = typer.Typer(

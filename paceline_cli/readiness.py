@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from paceline_cli.scaling import ExecutorRange
+
+if TYPE_CHECKING:
+    from paceline.v1.fleet_pb2 import ExecutorCapacity
 
 _DEFAULT_PORT = ":50051"
 
@@ -20,6 +24,7 @@ class ServedModel:
     context_length: int  # 0: not known before the first executor
     executor_count: int
     has_chat_template: bool
+    cache_token_count: int = 0  # in the cache of the executor that has the smallest; 0: not known, as above
 
 
 class ReadinessProbe:
@@ -59,17 +64,33 @@ class ReadinessProbe:
             return None
         if model.executor_count < self._least_count or not (model.executor_count or fleet.scaling_holder_id):
             return None  # without an autoscaler nobody would hold a request
-        return ServedModel(model.name, model.context_length, model.executor_count, model.has_chat_template)
+        caches = [cache_token_count(executor.capacity) for executor in fleet.executors]
+        return ServedModel(
+            model.name, model.context_length, model.executor_count, model.has_chat_template, min(caches, default=0)
+        )
+
+
+def cache_token_count(capacity: ExecutorCapacity) -> int:
+    """Tokens whose keys and values fit into the cache of one executor. Of a model with windows more may: what no later
+    token sees is given back.
+
+    Example: 300 blocks; in a block fit 16 tokens of one layer group, or 32 of the other. 32 tokens take 2 blocks and 1,
+    so 3,200 tokens fit.
+    """
+    blocks_per_token = sum(1 / group.block_size for group in capacity.layer_groups if group.block_size)
+    return int(capacity.block_count / blocks_per_token + 1e-6) if blocks_per_token else 0
 
 
 def print_ready(console: Console, served: ServedModel, address: str, wanted: ExecutorRange, page: str = "") -> None:
     """One line with the address, then how to talk to it."""
-    context = [f"{served.context_length:,} tokens of context"] if served.context_length else []
+    limits = [f"{served.context_length:,} tokens of context"] if served.context_length else []
+    if served.cache_token_count:
+        limits.append(f"cache: {served.cache_token_count:,} tokens{'' if wanted.max_count == 1 else ' each'}")
     if wanted.is_fixed:
         executors = str(wanted) if wanted.max_count == 1 else f"{served.executor_count} of {wanted}"
     else:
         executors = f"{wanted}, {served.executor_count} now"
-    facts = " · ".join([served.name, *context, executors])
+    facts = " · ".join([served.name, *limits, executors])
     console.print(f"[bold green]Paceline is ready at {address}[/]  [dim]{escape(facts)}[/]")
     if page:
         console.print(f"[dim]status page[/] [cyan]{page}[/]")

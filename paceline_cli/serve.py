@@ -29,7 +29,7 @@ from paceline_cli.children import (
     scheduler_child,
     scheduler_socket,
 )
-from paceline_cli.config_flags import Settings, takes_settings
+from paceline_cli.config_flags import LOOKING, Settings, takes_settings
 from paceline_cli.demo import run_demo
 from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.flags import LogLevel, flag, model_argument
@@ -74,6 +74,10 @@ def serve(
     scaling: Annotated[
         Path | None, flag("--scaling", "YAML file that says when executors come and go.", metavar="FILE")
     ] = None,
+    http_host: Annotated[
+        str | None,
+        flag("--http-host", "Address that the status page is on; unset: --host.", metavar="HOST", **LOOKING),
+    ] = None,
     demo: Annotated[bool, flag("--demo", "Stream a sample answer when ready.")] = False,
     log_level: LogLevel = "warning",
     *,
@@ -86,13 +90,23 @@ def serve(
     [dim]$[/] paceline serve --min-executors 0 --max-executors 4
     [dim]$[/] paceline serve fake --fake-step-us 5000     [dim]# all but the model[/]
     """
-    # Whoever finds the status page is told there where the metrics of the others are.
-    if settings["http_port"] == ANY_PORT:
-        settings["http_port"] = reserve_port(host, 0)
-    settings |= {"http_host": host, "metrics_port": ANY_PORT if settings["http_port"] else 0}
+    settings |= _pages(http_host or host, settings["http_port"])
     wanted = executor_range(executors, min_executors, max_executors, scaling)
     _refuse_wrong(model, settings)
-    _run(model, wanted, (host, reserve_port(host, port)), demo, ("--log-level", log_level), settings)
+    public = (host, reserve_port(host, port))
+    if public == (settings["http_host"], settings["http_port"]):
+        raise CommandError(f"--port and --http-port are both {port}", "choose two", exit_code=ExitCode.USAGE)
+    _run(model, wanted, public, demo, ("--log-level", log_level), settings)
+
+
+def _pages(host: str, port: int) -> Settings:
+    """Where the scheduler has its page; whoever finds it is told there where the metrics of the others are.
+
+    Its port is checked here, as the public one is: a child that dies of it would be started again.
+    """
+    if port:
+        port = reserve_port(host, 0 if port == ANY_PORT else port, "--http-host", "--http-port")
+    return {"http_host": host, "http_port": port, "metrics_port": ANY_PORT if port else 0}
 
 
 def _run(
@@ -123,7 +137,7 @@ def _run(
                 raise
         screen.report_phase = None
         supervisor.ready = True
-        page = f"http://{dial_address(public[0], settings['http_port'])}" if settings["http_port"] else ""
+        page = f"http://{dial_address(settings['http_host'], settings['http_port'])}" if settings["http_port"] else ""
         _say_ready(served, wanted, dial_address(*public), page, demo)
         _watch_until_stopped(supervisor, screen, signals)
         _drain(supervisor, settings["drain_timeout_s"], screen, signals)

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from executor_svc.config import ExecutorConfig
 from paceline import InvalidRequest, Overloaded, ServerError, TimedOut, Unavailable
+from paceline.v1.fleet_pb2 import ExecutorCapacity, LayerGroup
 from paceline_cli.config_flags import flags_for
 from paceline_cli.errors import ExitCode, command_error
 from paceline_cli.main import app
+from paceline_cli.readiness import cache_token_count
 from paceline_cli.sizes import format_size, parse_size
 from scheduler_svc.config import SchedulerConfig, trace_receiver
 from tests.paceline_cli.conftest import REPOSITORY
@@ -28,6 +30,11 @@ VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "healt
 def paceline(*words: str, **more: Any) -> Any:
     """Run the command in this process."""
     return CliRunner().invoke(app, list(words), prog_name="paceline", **more)
+
+
+def words(result: Any) -> str:
+    """What it printed, without the frames and the line breaks of a terminal."""
+    return " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -136,6 +143,24 @@ def test_flags_can_be_set_in_the_environment(monkeypatch):
     assert served == [ExecutorConfig(model="fake", max_num_seqs=9, cache_memory_bytes=2**30)]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "flag"),
+    [
+        ("PACELINE_MAX_NUM_SEQS", "zero", "--max-num-seqs"),
+        ("PACELINE_LOG_LEVEL", "loud", "--log-level"),
+        ("PACELINE_CACHE_MEMORY", "much", "--cache-memory"),
+    ],
+)
+def test_a_wrong_value_in_the_environment_is_refused_by_the_name_of_its_variable(variable, value, flag):
+    """Who has not typed the flag looks for it in vain."""
+    of_variable = paceline("serve", "fake", env={variable: value})
+    of_flag = paceline("serve", "fake", flag, value)
+
+    assert of_variable.exit_code == of_flag.exit_code == ExitCode.USAGE
+    assert f"{variable} in the environment, which is {flag}" in words(of_variable)
+    assert variable not in of_flag.output
+
+
 def test_a_refusal_by_a_service_is_wrong_usage(monkeypatch):
     """A supervisor must not try settings again that contradict each other."""
 
@@ -197,6 +222,60 @@ def test_a_port_in_use_is_named_before_anything_starts():
     assert "--port" in result.output
 
 
+def test_a_port_of_the_status_page_in_use_is_named_before_anything_starts():
+    """The scheduler would die of it, and be started again in vain."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        taken = paceline("serve", "fake", "--port", "0", "--http-port", str(port))
+    twice = paceline("serve", "fake", "--port", str(port), "--http-port", str(port))
+
+    assert taken.exit_code == ExitCode.FAILED
+    assert f"port {port} is in use on 127.0.0.1" in taken.output
+    assert "--http-port -1 picks a free one" in taken.output
+    assert twice.exit_code == ExitCode.USAGE
+    assert f"--port and --http-port are both {port}" in twice.output
+
+
+@pytest.mark.parametrize(
+    ("more", "page_host"), [((), "0.0.0.0"), (("--http-host", "127.0.0.1"), "127.0.0.1")], ids=["unset", "set"]
+)
+def test_the_status_page_is_where_the_service_is_unless_it_is_kept_private(monkeypatch, more, page_host):
+    """It has no password: who opens the service to everybody may not want to show who asks what."""
+    served = []
+    monkeypatch.setattr("paceline_cli.serve._run", lambda *args: served.append(args))
+    result = paceline("serve", "fake", "--host", "0.0.0.0", "--port", "0", "--http-port", "-1", *more)
+
+    assert result.exit_code == ExitCode.OK, result.output
+    ((_, _, public, *_, settings),) = served
+    assert (public[0], settings["http_host"]) == ("0.0.0.0", page_host)
+    assert settings["http_port"] > 0
+
+
+def test_a_taken_port_of_a_service_is_one_error_and_no_line_of_grpc():
+    """What gRPC prints names a file of its own and comes before the line that helps."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        command = [sys.executable, "-m", "paceline_cli", "scheduler", "fake", "--listen", address]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+
+    assert result.returncode == ExitCode.FAILED
+    assert result.stderr.startswith(f"error: cannot listen on '{address}'"), result.stderr
+
+
+def test_a_health_check_says_why_there_is_no_connection():
+    """`Deadline Exceeded` is no reason: that nobody listens there is."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        result = paceline("health", f"127.0.0.1:{bound.getsockname()[1]}", "--timeout", "0.5")
+
+    assert result.exit_code == ExitCode.UNREACHABLE
+    assert "none came within 0.5 s (Connection refused" in words(result)
+
+
 def test_no_server_is_exit_code_3():
     """A healthcheck and a script tell `not there` from `failed`."""
     with socket.socket() as free:
@@ -232,3 +311,23 @@ def test_errors_become_an_exit_code_and_a_remedy(error, exit_code, remedy):
 
     assert reason.exit_code == exit_code
     assert remedy in reason.what_to_do
+
+
+def test_a_server_that_leaves_is_not_one_that_is_missing():
+    """Who is told to start a server beside the one that just drains starts a second one."""
+    leaving = "the scheduler is shutting down; retry with backoff"
+    reason = command_error(Unavailable(leaving, grpc.StatusCode.UNAVAILABLE, "r-1"))
+
+    assert (reason.message, reason.exit_code) == ("the scheduler is shutting down (request r-1)", ExitCode.UNREACHABLE)
+    assert "try again in a moment" in reason.what_to_do
+    assert "paceline serve" not in reason.what_to_do
+
+
+@pytest.mark.parametrize(
+    ("block_sizes", "token_count"), [((16,), 4800), ((16, 32), 3200), ((), 0)], ids=["one", "two groups", "unknown"]
+)
+def test_the_cache_is_told_in_tokens(block_sizes, token_count):
+    """People think in tokens; each layer group has blocks of its own for the same tokens."""
+    capacity = ExecutorCapacity(block_count=300, layer_groups=[LayerGroup(block_size=size) for size in block_sizes])
+
+    assert cache_token_count(capacity) == token_count

@@ -76,6 +76,7 @@ def test_serves_from_start_to_ctrl_c(served: Served):
     assert len(children) == 3
     assert not any(is_alive(pid) for pid in children)
     assert served.printed.count("ready at") == 1
+    assert "cache: 65,536 tokens each" in served.printed
     assert "96 tokens in" in served.printed
     assert "Traceback" not in served.printed
 
