@@ -162,7 +162,8 @@ class Answer:
         if not self._is_accepted:
             return f" (after {away_s:.1f} s without the server)" if away_s else ""
         token_count = sum(len(choice.token_ids) for choice in self._choices.values())
-        came = f"{token_count} tokens came" if is_late else f"after {token_count} tokens"
+        tokens = "1 token" if token_count == 1 else f"{token_count} tokens"
+        came = f"{tokens} came" if is_late else f"after {tokens}"
         then = f", then {away_s:.1f} s without the server" if away_s else ""
         return f"; {came}{then}" if is_late else f" ({came}{then})"
 

@@ -128,7 +128,7 @@ def test_times_out(client, server):
     server.scripts.append((ACCEPTED, tokens("Hel", 7), Wait()))
     stream = client.generate("Say hello", timeout_s=0.3)
 
-    with pytest.raises(TimedOut, match=r"^not done within 0\.3 s; 1 tokens came \(request "):
+    with pytest.raises(TimedOut, match=r"^not done within 0\.3 s; 1 token came \(request "):
         list(stream)
     assert stream.text == "Hel"
     assert server.deadlines[0] <= 0.4
