@@ -28,10 +28,14 @@ def trace(
     output: Annotated[
         str, flag("--output", "Write the trace as OTLP/JSON instead; '-': here.", "-o", envvar=None, metavar="FILE")
     ] = "",
+    sort: Annotated[
+        str, flag("--sort", "Without an id: slow at what? delay, first-token, per-token or total.", envvar=None)
+    ] = "delay",
 ) -> None:
     """Tell why a request took as long as it did: a line for each part of it, what happened to it, and a summary.
 
-    [dim]$[/] paceline trace                      [dim]# the slowest of late, and what took the time[/]
+    [dim]$[/] paceline trace                      [dim]# the most delayed of late, and at what they were slow[/]
+    [dim]$[/] paceline trace --sort first-token
     [dim]$[/] paceline trace req-5b8e19c3
     [dim]$[/] paceline trace req-5b8e…37ce        [dim]# as `paceline top` shows it[/]
     [dim]$[/] paceline trace req-5b8e19c3 --output trace.json
@@ -44,7 +48,7 @@ def trace(
         raise CommandError("--output goes with the id of a request", "paceline trace --help", exit_code=ExitCode.USAGE)
     with observed(server) as scheduler:
         if not request_id:
-            _list_slowest(scheduler)
+            _list_slowest(scheduler, sort)
             return
         found, otlp_json = _find(scheduler, request_id)
     if output:
@@ -82,18 +86,24 @@ def _means(wanted: str, request_id: str) -> bool:
     return request_id.startswith(wanted)
 
 
-def _list_slowest(scheduler: ObservedScheduler) -> None:
-    """Show the requests that took longest, of those that the scheduler knows."""
-    from paceline_cli.sight.request_rows import length_ms
-    from paceline_cli.sight.trace_view import listing
+def _list_slowest(scheduler: ObservedScheduler, wanted: str) -> None:
+    """Show the slowest requests of those that the scheduler knows."""
+    from paceline_cli.sight.listing import Sort, listing, slowest, usual_per_token_ms
+    from paceline_cli.sight.words import milliseconds
 
+    if wanted not in {sort.value for sort in Sort}:
+        choices = ", ".join(sort.value for sort in Sort)
+        raise CommandError(f"--sort is one of {choices}, got '{wanted}'", exit_code=ExitCode.USAGE)
     requests = scheduler.overview(_ALL).requests
     if not requests:
         terminal.stdout().print("the scheduler knows of no request yet", style="dim")
         return
-    slowest = sorted(requests, key=length_ms, reverse=True)[:_LISTED]
-    _print(listing(slowest, _width()))
-    note = f"the slowest {len(slowest)} of {len(requests):,}; `paceline trace ID` shows where the time of one went"
+    shown = slowest(requests, Sort(wanted))[:_LISTED]
+    console = terminal.stdout()
+    _print(listing(shown, _width(), mono=console.no_color or not console.is_terminal))
+    usual = milliseconds(usual_per_token_ms(requests))
+    by = f" (time beyond {usual} for each of its own tokens, as usual)" if wanted == Sort.DELAY.value else ""
+    note = f"the slowest {len(shown)} of {len(requests):,} by {wanted}{by}; `paceline trace ID` explains one"
     terminal.stderr().print(f"\n[dim]{note}[/]")
 
 

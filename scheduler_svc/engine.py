@@ -438,6 +438,7 @@ class Engine:
                     progress = True
                     began_at = time.perf_counter()
         self._note_preempted("preempted")  # also on executors that had nothing to plan
+        self.observer.on_pumped(self.scheduler.obstacle)
         for executor_id, link in self._links.items():
             executor = self.scheduler.executors[executor_id]
             if executor.draining and executor.is_idle:

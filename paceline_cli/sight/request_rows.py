@@ -65,7 +65,7 @@ def request_lines(
     empty = [index for index in (1, 8) if not any(row[index] for row in rows)]
     columns = tuple(column for index, column in enumerate(_COLUMNS) if index not in empty)
     rows = [tuple(cell for index, cell in enumerate(row) if index not in empty) for row in rows]
-    bars = Stretch(Text("its time", style="dim"), lambda row, cells: _bar(shown[row], cells, mono), most=60)
+    bars = Stretch(Text("its time", style="dim"), lambda row, cells: time_bar(shown[row], cells, mono), most=60)
     return [title, *table(columns, rows, width, bars)]
 
 
@@ -109,7 +109,7 @@ def _cells(one: pb.RequestOverview, at_unix_ms: int, id_width: int) -> tuple[Tex
         Text(shorten(one.request_id, id_width), style="dim" if has_ended else ""),
         Text(shorten(one.tenant, 14)),
         stage,
-        Text(shorten(_executor_of(one), 16), style="dim"),
+        Text(shorten(executor_of(one), 16), style="dim"),
         Text(f"{one.prompt_token_count:,}{reused}"),
         output,
         Text(milliseconds(one.first_token_ms), style="dim" if not one.first_token_ms else ""),
@@ -118,14 +118,14 @@ def _cells(one: pb.RequestOverview, at_unix_ms: int, id_width: int) -> tuple[Tex
     )
 
 
-def _executor_of(one: pb.RequestOverview) -> str:
+def executor_of(one: pb.RequestOverview) -> str:
     """Where it runs, or ran last."""
     if one.stage in _WAITING:
         return NOTHING
     return next((phase.executor_id for phase in reversed(one.phases) if phase.executor_id), NOTHING)
 
 
-def _bar(one: pb.RequestOverview, width: int, mono: bool) -> Text:
+def time_bar(one: pb.RequestOverview, width: int, mono: bool) -> Text:
     """Its time from its receipt to its end or until now, in order."""
     parts = [(_INKS[phase.stage], phase.end_ms - phase.begin_ms) for phase in one.phases if phase.stage in _INKS]
     return stacked_bar(parts, width, mono, block="━")

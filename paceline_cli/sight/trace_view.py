@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from paceline_cli.sight.account import account_of, outcome_of
 from paceline_cli.sight.drawing import fitted
 from paceline_cli.sight.spans import Event, Span, folded
 from paceline_cli.sight.words import NOTHING, count, duration, plain, shorten
@@ -34,7 +32,6 @@ _BAD_EVENTS = (
 )
 _LEAST_BAR, _SHORTEST_NAME, _LONGEST_NAME = 16, 8, 30
 _TIME = 10  # cells of a time
-_OUTCOME = 9  # cells of the longest one
 _NARROW = 72  # cells, below which there is no column for the time at which something began
 
 
@@ -176,34 +173,9 @@ def _event_colour(event: Event) -> str:
 def _told(root: Span, width: int) -> list[Text]:
     """The account below the picture; what went wrong is in red."""
     console = Console(width=width)
-    lines = [Text(outcome_of(root), style="bold red" if root.error is not None else "bold")]
+    outcome, *account = map(plain, root.facts.get("paceline.account") or ("no account comes with this trace",))
+    lines = [Text(outcome, style="bold red" if root.error is not None else "bold")]
     if root.error is not None:
         lines.append(Text(f"error: {plain(root.error) or NOTHING}", style="red"))
-    lines += [Text(sentence) for sentence in account_of(root)]
+    lines += [Text(sentence) for sentence in account]
     return [part for line in lines for part in line.wrap(console, width)]
-
-
-def listing(requests: Sequence[Any], width: int) -> list[Text]:
-    """Requests one below the other, with whole ids: these are what one asks for. Columns move together to fit."""
-    id_cells = max(len(plain(one.request_id)) for one in requests)
-    has_room = id_cells + 4 * (2 + _TIME) + 2 + _OUTCOME <= width
-    gap, cells = ("  ", _TIME - 1) if has_room else (" ", _TIME - 3)
-    heads = "".join(f"{gap}{name:>{cells}}" for name in ("took", "queue", "prefill", "decode"))
-    lines = [Text(f"{'request':<{id_cells}}{heads}  outcome", "dim")]
-    for one in requests:
-        spent = [0.0] * 6  # by stage: the door is the last
-        for phase in one.phases:
-            spent[phase.stage] += phase.end_ms - phase.begin_ms
-        total_ms = one.total_ms or sum(spent)
-        most = max(spent[1:4])
-        line = Text(f"{plain(one.request_id):<{id_cells}}{gap}{duration(total_ms / 1000):>{cells}}")
-        for part in spent[1:4]:
-            is_most = part == most and part > 0.5 * total_ms
-            spent_words = duration(part / 1000) if part else NOTHING
-            line.append(f"{gap}{spent_words:>{cells}}", style="bold yellow" if is_most else "")
-        is_bad = one.outcome in ("error", "deadline", "cut off")
-        line.append(f"  {one.outcome or 'goes on'}", style="red" if is_bad else "dim")
-        if one.error:
-            line.append(f": {plain(one.error)}", style="red")
-        lines.append(line)
-    return lines

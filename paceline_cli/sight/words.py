@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+from common.words import count, duration
+
+__all__ = ["age", "amount", "clock", "count", "duration", "milliseconds", "percent", "plain", "shorten"]
+
 ELLIPSIS = "…"
 NOTHING = "–"
 
@@ -20,22 +24,6 @@ def shorten(text: str, width: int) -> str:
         return text
     tail = min(4, (width - 1) // 3)
     return text[: width - 1 - tail] + ELLIPSIS + (text[-tail:] if tail else "")
-
-
-def duration(seconds: float) -> str:
-    """A time in few digits: `8.2 ms`, `1.35 s`, `2 min 5 s`, `3 h 10 min`."""
-    if seconds < 0.9995:
-        thousandths = 1000 * max(0.0, seconds)
-        digits = 0 if thousandths >= 9.95 or not thousandths else 1 if thousandths >= 0.095 else 2
-        return f"{thousandths:.{digits}f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {name} {rest} {smaller_name}" if rest else f"{whole // size} {name}"
-    raise AssertionError(seconds)
 
 
 def age(seconds: float) -> str:
@@ -65,8 +53,3 @@ def percent(share: float) -> str:
 def clock(unix_ms: float) -> str:
     """The time of day, here."""
     return time.strftime("%H:%M:%S", time.localtime(unix_ms / 1000))
-
-
-def count(number: int, thing: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

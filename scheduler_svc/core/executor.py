@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from scheduler_svc.core.cache import Cache, FoundPrefix
 from scheduler_svc.core.layer_groups import BlockTable
+from scheduler_svc.core.obstacles import Obstacle
 from scheduler_svc.core.outlook import steps_until_full
 from scheduler_svc.core.plan import Capacity, Chunk, HeldAttempt, HeldState, Plan
 from scheduler_svc.core.request import Request, RequestState
@@ -66,7 +67,7 @@ class Executor:
         self.suspects: set[Request] = set()  # running; one of them may have killed an executor, see `computing`
         self.started_step = 0  # the last step of which the executor said that it begins
         self.changed_at = 0  # count of changes, over all executors, at which it last may have got room
-        self.known_count = 0  # tokens that requests placed here had to have in the cache before their next token
+        self.known_count = 0  # prompt tokens of the requests whose first place is here
         self.reused_count = 0  # ... and that were there already
 
     @property
@@ -112,14 +113,31 @@ class Executor:
         The next step must have a token to spare: what stays in the queue can still go elsewhere. And nobody with a
         stronger claim who was preempted may be about to come back: the blocks that it gave were not given for this one.
         """
-        ahead = self.backlog_count - self.held_count + (0 if prefill_first else self.decoding_count)
         return (
             not self.draining
             and (by_displacing or (self.slots.free_count > 0 and not self._is_outgrown_by(request)))
-            and ahead < self.capacity.step_token_count
-            and not any(other.rank < request.rank for other in self.coming_back())
+            and self._has_tokens_to_spare(prefill_first)
+            and not self._is_owed_to_another(request)
             and self.could_ever_hold(request)
         )
+
+    def obstacle_to(self, request: Request, *, prefill_first: bool) -> Obstacle:
+        """What stands in the way of placing it here, as far as that is known without a look into the cache."""
+        if not self.could_ever_hold(request):
+            return Obstacle.LARGER
+        if not self.slots.free_count:
+            return Obstacle.SLOT
+        if not self._has_tokens_to_spare(prefill_first):
+            return Obstacle.TOKENS
+        lacks_blocks = self._is_outgrown_by(request) or self._is_owed_to_another(request)
+        return Obstacle.BLOCKS if lacks_blocks or not self.has_room_for(request, None) else Obstacle.STEP
+
+    def _has_tokens_to_spare(self, prefill_first: bool) -> bool:
+        ahead = self.backlog_count - self.held_count + (0 if prefill_first else self.decoding_count)
+        return ahead < self.capacity.step_token_count
+
+    def _is_owed_to_another(self, request: Request) -> bool:
+        return any(other.rank < request.rank for other in self.coming_back())
 
     def _is_outgrown_by(self, request: Request) -> bool:
         """Whether somebody waits who is no larger than the request, and would outgrow the pool."""
@@ -195,10 +213,10 @@ class Executor:
         self.cache.open_tables(request)
         if found is not None:
             self.cache.adopt(request, found)
-        self.known_count += len(request.token_ids)
-        self.reused_count += request.planned_count
-        if request.placement_count == 1:
-            request.reused_count = request.planned_count
+        if request.placement_count == 1:  # what is found again after a preemption was never saved
+            self.known_count += request.prompt_count
+            request.reused_count = min(request.planned_count, request.prompt_count)
+            self.reused_count += request.reused_count
         self._settle_in(request)
         if request.unforked_count:
             self.forking.add(request)

@@ -8,6 +8,7 @@ from enum import Enum
 
 from scheduler_svc.core.cache import FoundPrefix
 from scheduler_svc.core.executor import Executor, fits
+from scheduler_svc.core.obstacles import A_STRONGER_CLAIM, Obstacle, obstacle_to
 from scheduler_svc.core.outlook import LengthOutlook
 from scheduler_svc.core.plan import Capacity
 from scheduler_svc.core.policies import Policy
@@ -118,6 +119,14 @@ class Placement:
             self._stranded_token_count -= len(request.token_ids)
         else:
             self.queue.note_ended(request)
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """What the request waits for whose turn it is, and so everybody behind it; None: nobody waits here."""
+        request = self.queue.first()
+        if request is None:
+            return Obstacle.LARGER if self.stranded else None
+        return obstacle_to(request, self._executors, prefill_first=self._policy.prefill_first)
 
     # --- placing ------------------------------------------------------------------------------------------------
 
@@ -285,7 +294,7 @@ class Placement:
             return False
         _, executor, victims = best
         for victim in victims:
-            self.preempt(executor, victim)
+            self.preempt(executor, victim, A_STRONGER_CLAIM)
         self._start(executor, request, executor.cache.find_prefix(request), now)
         return True
 
@@ -305,12 +314,13 @@ class Placement:
             needed -= other not in executor.catching_up  # the block that is kept for who decodes
         return victims if needed <= 0 and len(victims) >= slots_needed else []
 
-    def preempt(self, executor: Executor, request: Request) -> None:
+    def preempt(self, executor: Executor, request: Request, gave_way_for: str = Obstacle.BLOCKS.value) -> None:
         """Take a request off its executor. It is queued again once the plans that know it are answered: the tokens
         that these still bring count.
         """
         executor.release(request)
         request.state = RequestState.WAITING
+        request.gave_way_for = gave_way_for
         self.preempted.append(request)
         self.note_change(executor)
         if executor.in_flight:

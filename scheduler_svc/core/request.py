@@ -94,6 +94,7 @@ class Request:
     tried_at: int = -1  # no executor that has not changed since had room for it
     attempt: int = 0  # which placement this is, counted over all requests; 0 before the first
     placement_count: int = 0  # how often it was placed
+    gave_way_for: str = ""  # what it was preempted for last
     executor: Executor | None = None  # where it runs; None unless RUNNING
     slot: int = -1  # its number there; -1 unless RUNNING
     # token_ids[:computed_count] have keys and values in the cache, by the results so far. 0 unless RUNNING; while the

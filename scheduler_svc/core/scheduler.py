@@ -6,16 +6,9 @@ from collections.abc import Sequence
 from scheduler_svc.core.absence import KILL_LIMIT, Absence, can_go_on, check_inventory, kill_message
 from scheduler_svc.core.executor import Executor, most_blocks
 from scheduler_svc.core.moments import Moments, too_late_message
+from scheduler_svc.core.obstacles import Obstacle
 from scheduler_svc.core.placement import Placement
-from scheduler_svc.core.plan import (
-    Capacity,
-    HeldAttempt,
-    Inventory,
-    NeverFitsError,
-    Outputs,
-    Plan,
-    Result,
-)
+from scheduler_svc.core.plan import Capacity, HeldAttempt, Inventory, NeverFitsError, Outputs, Plan, Result
 from scheduler_svc.core.policies import Policy
 from scheduler_svc.core.request import FinishReason, Request, RequestState
 from scheduler_svc.core.results import answered_plan, owners_of, settle_blocks
@@ -63,6 +56,11 @@ class Scheduler:
     def waiting_token_count(self) -> int:
         """Known tokens of the requests that wait to be placed."""
         return self._placement.waiting_token_count
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """What those wait for who wait to be placed; None: nobody does."""
+        return self._placement.obstacle
 
     @property
     def request_count(self) -> int:

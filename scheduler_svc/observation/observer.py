@@ -17,6 +17,7 @@ from common.spans import Origin, Span, SpanLink
 from scheduler_svc.answers import Answer
 from scheduler_svc.arrivals import Arrival
 from scheduler_svc.core.executor import Executor
+from scheduler_svc.core.obstacles import Obstacle
 from scheduler_svc.core.plan import Chunk, NewRequest, Plan
 from scheduler_svc.core.request import Request, RequestState, TraceContext
 from scheduler_svc.load_meter import LoadMeter
@@ -24,8 +25,10 @@ from scheduler_svc.observation.refusal_spans import refusal_span
 from scheduler_svc.observation.request_facts import content_of, facts_of, facts_of_call
 from scheduler_svc.observation.request_spans import RequestSpans, phase_spans
 from scheduler_svc.observation.step_meter import StepMeter
+from scheduler_svc.observation.step_spans import step_span
 from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
 from scheduler_svc.observation.tracing import SAMPLED, Tracing
+from scheduler_svc.observation.waits import QueueWatch, Wait
 
 log = structlog.get_logger()
 
@@ -109,6 +112,7 @@ class Observer:
         self._flights: dict[str, dict[int, _Flight]] = {}  # by executor and step
         self._steps: dict[str, StepMeter] = {}  # by executor
         self._computed: dict[Request, int] = {}  # tokens that somebody who left an executor had computed there
+        self._queue = QueueWatch()
 
     # --- what others read ---------------------------------------------------------------------------------------
 
@@ -182,10 +186,12 @@ class Observer:
             timeline.restored_at = self._clock()
             timeline.note(timeline.restored_at, "restored")
             for choice in request.family:
+                self._wait(timeline, choice, timeline.restored_at)
                 # Who has a token had all before it computed; how far the others were is not known any more.
                 if choice.output_count and choice.state is not RequestState.FINISHED:
                     self._computed[choice] = len(choice.token_ids) - 1
             return
+        self._wait(timeline, request, answer.accepted_at)
         for stream in answer.streams:
             stream.on_first_token = lambda now: self._note_first_token(timeline, now)
         self.meter.note_arrived(request.prompt_count)
@@ -292,7 +298,7 @@ class Observer:
             timeline = self._live.get(request.request_id)
             if timeline is None or request.choice >= MOST_CHOICES:
                 continue
-            attempt = Attempt(request.choice, request.attempt, name, now)
+            attempt = Attempt(request.choice, name, now)
             timeline.add(attempt)
             if executor.slots.decoding[request.slot]:
                 self._begin_decoding(timeline, attempt, now)
@@ -310,7 +316,9 @@ class Observer:
             if (timeline := self._live.get(request.request_id)) is not None:
                 self._note_computed(timeline, request)
                 self._leave(timeline, request.choice, now, cause)
-                timeline.note(now, cause, **timeline.of_choice(request.choice))
+                self._wait(timeline, request, now)
+                about = {"paceline.preempted.for": request.gave_way_for} if cause == "preempted" else {}
+                timeline.note(now, cause, **about, **timeline.of_choice(request.choice))
 
     @_harmless
     def on_lost(self, requests: Sequence[Request], executor_id: str, now: float, loss: Loss) -> None:
@@ -321,6 +329,7 @@ class Observer:
             if (timeline := self._live.get(request.request_id)) is not None:
                 self._note_computed(timeline, request)
                 self._leave(timeline, request.choice, now, "lost")
+                self._wait(timeline, request, now)
         self._note_event(requests, now, loss.value, executor_id)
         if loss is not Loss.CUT_OFF:
             self._count_lost(requests)
@@ -355,6 +364,16 @@ class Observer:
             computed = done if attempt.decoding_at is None else len(request.token_ids)
             self._computed[request] = max(computed, self._computed.get(request, 0))
 
+    def _wait(self, timeline: Timeline, request: Request, now: float) -> None:
+        """Nobody computes a choice from now on: it waits for its executor to come back, or in the queue."""
+        if request.state is RequestState.FINISHED or request.is_unforked or request.choice >= MOST_CHOICES:
+            return
+        wait = timeline.waits.get(request.choice)
+        if wait is None:
+            timeline.waits[request.choice] = Wait(self._queue, now, awaits_executor=bool(request.awaits))
+        else:
+            wait.move(now, awaits_executor=bool(request.awaits))
+
     def _leave(self, timeline: Timeline, choice: int, now: float, ending: str) -> None:
         attempt = timeline.attempt_of(choice)
         if attempt is not None:
@@ -367,6 +386,11 @@ class Observer:
         if attempt.decoding_at is not None and attempt.ended_at is None and steps is not None:
             attempt.decode_phases = steps.total.since(attempt.begun_phases)
             attempt.decode_step_count = steps.step_count - attempt.begun_step_count
+
+    @_harmless
+    def on_pumped(self, obstacle: Obstacle | None) -> None:
+        """All plans are out that could be made; who waits still waits for this."""
+        self._queue.note(self._clock(), obstacle)
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -392,7 +416,7 @@ class Observer:
         elif new.placement_count > 1:
             about = timeline.of_choice(new.choice)
             timeline.note(now, "placed again", **{"paceline.executor.id": executor_id}, **about)
-        timeline.add(Attempt(new.choice, new.attempt, executor_id, now))
+        timeline.add(Attempt(new.choice, executor_id, now))
 
     def _run(self, chunk: Chunk, step: int, now: float, flight: _Flight) -> None:
         request = chunk.request
@@ -418,10 +442,8 @@ class Observer:
         """A result is in."""
         flights = self._flights.get(executor_id)
         flight = flights.pop(step, None) if flights else None
-        if flight is None:
-            return
         steps = self._steps.get(executor_id)
-        if steps is None:
+        if flight is None or steps is None:
             return
         for timeline, attempt, run, samples in flight.parts:
             run.ended_at, run.phases = now, steps.last
@@ -441,6 +463,9 @@ class Observer:
         steps = self._steps.get(attempt.executor_id) or StepMeter()
         if timeline.prompt_computed_at is None:
             timeline.prompt_computed_at = now
+            for choice in range(1, min(timeline.choice_count, MOST_CHOICES)):  # they were to be forked from it
+                if choice not in timeline.attempt_counts and choice not in timeline.waits:
+                    timeline.waits[choice] = Wait(self._queue, now, awaits_executor=False)
         attempt.decoding_at = now
         attempt.begun_phases, attempt.begun_step_count = steps.total, steps.step_count
 
@@ -458,23 +483,14 @@ class Observer:
                 attempt.step_links.append((trace.trace_id, trace.span_id))
             if len(links) == _MOST_LINKS:
                 break
-        step = Span(
-            name="step",
-            trace_id=trace.trace_id,
-            span_id=trace.span_id,
-            parent_id=b"",
-            origin=self._origin,
-            begin_ns=round(flight.began_at * 1e9) + wall_ns,
-            end_ns=round(now * 1e9) + wall_ns,
-            attributes={
-                "paceline.executor.id": executor_id,
-                "paceline.step": plan.step,
-                "paceline.step.requests": plan.request_count,
-                "paceline.step.tokens": plan.token_count,
-                "paceline.step.prefill_tokens": sum(chunk.count for chunk in plan.chunks),
-                "paceline.step.is_slow": flight.trace is None,
-                "paceline.step.idle_s": steps.last.idle,
-            },
+        step = step_span(
+            executor_id,
+            plan,
+            trace,
+            self._origin,
+            (round(flight.began_at * 1e9) + wall_ns, round(now * 1e9) + wall_ns),
+            is_slow=flight.trace is None,
+            idle_s=steps.last.idle,
             links=tuple(links),
         )
         self.tracing.send([step, *phase_spans(step, executor_id, steps.last)])

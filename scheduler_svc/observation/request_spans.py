@@ -16,9 +16,10 @@ attempt are one `prefill`, and the request says how many.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.spans import Attributes, Origin, Span, SpanEvent, SpanKind, SpanLink, Value, child_id, messages_json
+from scheduler_svc.observation.account import ACCOUNT, account_of
 from scheduler_svc.observation.step_meter import Phases
 from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
 
@@ -56,14 +57,17 @@ class RequestSpans:
         its prompt and outputs, for an exporter and nobody else.
         """
         shown = _Shown(timeline, now, _most_runs(timeline))
-        spans = [self._root(shown, content)]
+        root, below = self._root(shown, content), list(self._below(shown))
+        account = account_of(root, [span for span in below if span.parent_id == root.span_id])
+        return [replace(root, attributes={**root.attributes, ACCOUNT: account}), *below]
+
+    def _below(self, shown: _Shown) -> Iterator[Span]:
+        timeline = shown.timeline
         if timeline.has_waited_at_door:
-            spans.append(self._child(shown, "door", (), timeline.received_at, timeline.accepted_at, _of_door(timeline)))
-        if not timeline.is_accepted:
-            return spans
-        for choice in sorted({attempt.choice for attempt in timeline.attempts} | {0}):
-            spans += self._of_choice(shown, choice)
-        return spans
+            yield self._child(shown, "door", (), timeline.received_at, timeline.accepted_at, _of_door(timeline))
+        if timeline.is_accepted:
+            for choice in sorted({attempt.choice for attempt in timeline.attempts} | {0}):
+                yield from self._of_choice(shown, choice)
 
     def _root(self, shown: _Shown, content: tuple[str, ...]) -> Span:
         timeline, trace = shown.timeline, shown.timeline.trace
@@ -97,19 +101,22 @@ class RequestSpans:
                 continue
             is_next = attempt.serial == next_serial  # else what was between was forgotten
             if is_next and free_at is not None and attempt.began_at > free_at:
-                yield self._child(shown, "queue", (choice, attempt.serial), free_at, attempt.began_at, about)
+                waited = {**about, **_waited_for(attempt.waited_for)}
+                yield self._child(shown, "queue", (choice, attempt.serial), free_at, attempt.began_at, waited)
             yield from self._of_attempt(shown, attempt)
             free_at = attempt.ended_at if attempt.ending else None
             next_serial = attempt.serial + 1
         if free_at is not None and until > free_at:  # it waits, or ended while it did
-            yield self._child(shown, "queue", (choice, -1), free_at, until, about)
+            wait = timeline.waits.get(choice)
+            waited = {**about, **_waited_for(wait.causes(until) if wait is not None else ())}
+            yield self._child(shown, "queue", (choice, -1), free_at, until, waited)
 
     def _of_attempt(self, shown: _Shown, attempt: Attempt) -> Iterator[Span]:
         ended_at = attempt.ended_at or shown.now
         keys = (attempt.choice, attempt.serial)
         about: dict[str, Value] = {
             "paceline.executor.id": attempt.executor_id,
-            "paceline.attempt": attempt.number,
+            "paceline.attempt": attempt.serial + 1,
             **shown.timeline.of_choice(attempt.choice),
         }
         for run in _folded(attempt.runs, shown.most_runs):
@@ -244,6 +251,10 @@ def _left_out(shown: _Shown) -> Attributes:
 
 def _of_door(timeline: Timeline) -> Attributes:
     return {"paceline.door.held_for": timeline.held_for} if timeline.held_for else {}
+
+
+def _waited_for(causes: tuple[str, ...]) -> Attributes:
+    return {"paceline.queue.waited_for": causes} if causes else {}
 
 
 def _of_content(content: tuple[str, ...]) -> Attributes:

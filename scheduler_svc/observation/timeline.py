@@ -9,6 +9,7 @@ from common.spans import Value
 from scheduler_svc.answers import Answer
 from scheduler_svc.core.request import TraceContext
 from scheduler_svc.observation.step_meter import Phases
+from scheduler_svc.observation.waits import Wait
 
 MOST_RUNS = 32
 """Chunks of one attempt that are kept apart; those after them are counted with the last."""
@@ -55,10 +56,10 @@ class Attempt:
     """One placement of a choice on an executor."""
 
     choice: int
-    number: int
     executor_id: str
     began_at: float
-    serial: int = 0  # how many its choice had before; a number of the core's may come again after a cut
+    serial: int = 0  # how many its choice had before
+    waited_for: tuple[str, ...] = ()  # what its choice waited for before it
     runs: list[Run] = field(default_factory=list)
     decoding_at: float | None = None  # its known tokens were computed and the next one was there
     ended_at: float | None = None
@@ -145,6 +146,7 @@ class Timeline:
     restored_at: float | None = None  # when it was taken up here; None: it began in this life of the scheduler
     attempts: list[Attempt] = field(default_factory=list)
     attempt_counts: dict[int, int] = field(default_factory=dict)  # attempts so far, by choice
+    waits: dict[int, Wait] = field(default_factory=dict)  # of choices that nobody computes
     moments: list[Moment] = field(default_factory=list)
     prompt_computed_at: float | None = None  # for the first time
     ended_at: float | None = None
@@ -160,6 +162,8 @@ class Timeline:
         if len(self.attempts) >= MOST_ATTEMPTS:
             self._forget_one()
         attempt.serial = self.attempt_counts.get(attempt.choice, 0)
+        if (wait := self.waits.pop(attempt.choice, None)) is not None:
+            attempt.waited_for = wait.end(attempt.began_at)
         self.attempt_counts[attempt.choice] = attempt.serial + 1
         self.attempts.append(attempt)
 
@@ -222,3 +226,5 @@ class Timeline:
         self.answer = None
         for attempt in self.attempts:
             attempt.end(now, "")
+        for wait in self.waits.values():
+            wait.end(now)

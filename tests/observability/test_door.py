@@ -8,8 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from paceline.v1 import fleet_pb2, inference_pb2, observation_pb2
+from paceline_cli.sight.listing import listing
 from paceline_cli.sight.top_view import Look, picture
-from paceline_cli.sight.trace_view import listing
 from tests.observability.otlp_receiver import OtlpReceiver
 from tests.observability.test_overview import look, stages
 from tests.observability.test_traces import check_tree, read, received

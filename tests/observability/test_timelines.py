@@ -8,8 +8,6 @@ import pytest
 
 from common.otlp_json import to_otlp_json
 from common.spans import Origin
-from paceline_cli.sight.account import account_of, outcome_of
-from paceline_cli.sight.spans import tree_of
 from scheduler_svc.core.request import TraceContext
 from scheduler_svc.observation.overview import is_waiting
 from scheduler_svc.observation.request_spans import MOST_SPANS, RequestSpans
@@ -41,7 +39,7 @@ def attempt(
     timeline: Timeline, began_at: float, run_count: int = 1, choice: int = 0, ending: str = "preempted"
 ) -> float:
     """An attempt that reads, decodes for a step and ends; returns when."""
-    one = Attempt(choice, 1, "e0", began_at)
+    one = Attempt(choice, "e0", began_at)
     timeline.add(one)
     at = began_at
     for number in range(run_count):
@@ -61,7 +59,7 @@ def test_an_attempt_that_runs_is_not_forgotten_however_often_another_choice_has_
     timeline = timeline_of(choice_count=2)
     for number in range(MOST_ATTEMPTS // 2):
         attempt(timeline, float(number))
-    live = Attempt(1, 1, "e1", 32.0)
+    live = Attempt(1, "e1", 32.0)
     timeline.add(live)
     for number in range(MOST_ATTEMPTS // 2 + 1, 3 * MOST_ATTEMPTS):
         attempt(timeline, float(number))
@@ -105,7 +103,7 @@ def test_a_request_with_a_long_story_has_a_thousand_spans_at_most_and_says_what_
         at = attempt(timeline, at, MOST_RUNS, choice=number % 8)
     timeline.ended_at = at
     spans = spans_of(timeline)
-    (root,) = tree_of(to_otlp_json(spans))
+    outcome, *told = spans[0].attributes["paceline.account"]
 
     assert len(spans) <= MOST_SPANS
     assert len({span.span_id for span in spans}) == len(spans)
@@ -113,8 +111,8 @@ def test_a_request_with_a_long_story_has_a_thousand_spans_at_most_and_says_what_
     assert spans[0].attributes["paceline.attempts.forgotten"] == MOST_ATTEMPTS
     folded = sum(int(span.attributes.get("paceline.chunks", 0)) for span in spans)
     assert spans[0].attributes["paceline.chunks.folded"] == folded > MOST_ATTEMPTS * MOST_RUNS // 2
-    assert "64 attempts not kept" in outcome_of(root)
-    assert f"{MOST_ATTEMPTS // 8 * MOST_RUNS} chunks on e0" in account_of(root)[0]
+    assert "64 attempts not kept" in outcome
+    assert f"{MOST_ATTEMPTS // 8 * MOST_RUNS} chunks on e0" in told[0]
 
 
 def test_a_request_with_few_chunks_says_nothing_of_what_is_left_out():

@@ -11,7 +11,6 @@ import pytest
 from common.otlp_json import to_otlp_json
 from executor_svc.fake import FakeRunner
 from paceline.v1 import inference_pb2, observation_pb2, observation_pb2_grpc
-from paceline_cli.sight.account import account_of
 from paceline_cli.sight.spans import tree_of
 from paceline_cli.sight.trace_view import waterfall
 from tests.observability.otlp_receiver import OtlpReceiver, value_of
@@ -123,6 +122,12 @@ async def test_a_preempted_request_shows_when_it_gave_way_and_when_it_went_on(re
     assert "preempted" in low.events
     assert "placed again" in low.events
     assert [child.name for child in low.children if child.name in ("queue", "decode")] == 2 * ["queue", "decode"]
+    (gave_way,) = (event for event in low.span.events if event.name == "preempted")
+    assert event_attributes(gave_way) == {"paceline.preempted.for": "a stronger claim"}
+    assert low.children_of("queue")[1].attributes["paceline.queue.waited_for"] == ["blocks of the cache"]
+    assert [child.attributes["paceline.attempt"] for child in low.children_of("decode")] == [1, 2]
+    assert [child.attributes["paceline.attempt"] for child in high.children_of("decode")] == [1]
+    assert any(one.startswith("it gave way for a stronger claim at +") for one in low.attributes["paceline.account"])
     assert low.attributes["paceline.recomputations"] == 1
     assert "preempted" not in high.events
     assert meter.preemption_count == 1
@@ -312,7 +317,9 @@ async def test_a_choice_that_gives_way_is_told_apart_from_those_that_go_on(recei
     events = {event.name: event_attributes(event) for event in root.span.events}
     assert events["preempted"]["paceline.choice"] == 1
     assert events["placed again"] == {"paceline.choice": 1, "paceline.executor.id": "e0"}
-    first, second = account_of(told)
+    _, *pauses, first, second = told.facts["paceline.account"]
+    assert pauses
+    assert all(one.startswith("it gave way for blocks of the cache") for one in pauses)
     assert "queue" in second
     assert "2 times" not in first
     assert any("preempted #2" in line.plain for line in waterfall("r", [told], 120))

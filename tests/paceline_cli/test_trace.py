@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,12 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from typer.testing import CliRunner
 
+from paceline.v1 import observation_pb2 as pb
 from paceline_cli.errors import ExitCode
 from paceline_cli.main import app
-from paceline_cli.sight.account import account_of, outcome_of
+from paceline_cli.sight.listing import Sort, listing, per_token_ms, slowest
 from paceline_cli.sight.spans import folded, tree_of
-from paceline_cli.sight.trace_view import listing, waterfall
+from paceline_cli.sight.trace_view import waterfall
 from paceline_cli.trace import _means
 from tests.browser.sample import sample_overview
 from tests.system import FAST, System, request, started, until
@@ -165,38 +167,52 @@ def test_how_long_it_took_is_in_sight_however_narrow_it_is(width):
     assert max(map(len, lines)) <= width
 
 
-def test_the_slowest_fit_80_columns():
-    """Ids are whole, since they are to be copied, and a line that breaks is no table."""
+def test_the_slowest_fit_80_columns_with_all_that_tells_at_what():
+    """Ids are shortened to what the command takes; a line that breaks is no table."""
     overview = sample_overview()
     for one in overview.requests:
-        one.request_id, one.error = f"req-{one.request_id:0<32}"[:36], ""
-    narrow = [line.plain.rstrip() for line in listing(overview.requests, 80)]
-    wide = [line.plain.rstrip() for line in listing(overview.requests, 120)]
+        one.request_id = f"req-{one.request_id:0<32}"[:36]
+    without_door = listing(overview.requests[:20], 80)[0].plain
+    overview.requests[0].phases.insert(0, pb.Phase(stage=pb.REQUEST_STAGE_DOOR, end_ms=70_000))
+    overview.requests[1].recomputation_count = 3
+    narrow = [line.plain.rstrip() for line in listing(overview.requests[:20], 80)]
+    wide = [line.plain.rstrip() for line in listing(overview.requests, 200)]
 
-    assert max(map(len, narrow)) <= 80 < max(map(len, wide))
-    assert [line.split() for line in narrow] == [line.split() for line in wide]
-
-
-def test_the_account_says_where_the_time_went():
-    """The answer to "why was this slow?" in a sentence; waiting behind a step is in that step's time already."""
-    (root,) = tree_of(simple())
-
-    assert account_of(root) == [
-        "queue 1.20 s (35 %); prefill 400 ms (12 %), 200 tokens in 2 chunks on e0; "
-        "decode 1.80 s (53 %), 57 steps on e0 (forward 1.44 s, prepare 180 ms)"
-    ]
-    assert (
-        outcome_of(root)
-        == "ended with length after 3.40 s · 200 tokens of prompt (16 reused) → 58 · first after 1.60 s"
-    )
+    assert max(map(len, narrow)) <= 80
+    assert without_door.split() == ["request", "took", "queue", "first", "a", "token", "executor", "outcome"]
+    assert narrow[0].split() == ["request", "took", "door", "queue", "first", "a", "token", "outcome"]
+    assert "↻3" in narrow[2]
+    assert "1 min 10 s" in narrow[1]
+    assert _means(narrow[1].split()[0], overview.requests[0].request_id)
+    for words in ("executor", "what went wrong", "its time"):
+        assert words in wide[0]
+    assert overview.requests[0].request_id in wide[1]
 
 
-def test_time_that_nothing_accounts_for_is_said():
-    """A sum that does not add up would be a lie about the rest."""
-    (root,) = tree_of(otlp(span("chat fake", 1, 0, 10, parent=0), chunk(2, 1, 2), decode(3, 2, 6)))
+def test_a_long_answer_is_not_slow_by_its_length():
+    """Who sorts by the whole time finds those who asked for most, and never the one that waited."""
+    overview = pb.GetOverviewResponse()
+    for name, tokens, first_ms, total_ms in (
+        ("long", 1001, 50, 20_050), ("waited", 11, 5_000, 5_200), ("slow", 101, 50, 10_050), ("usual", 101, 50, 2_050),
+    ):  # fmt: skip
+        overview.requests.add(
+            request_id=name, output_token_count=tokens, choice_count=1, first_token_ms=first_ms, total_ms=total_ms
+        )
+    order = {sort: [one.request_id for one in slowest(overview.requests, sort)] for sort in Sort}
 
-    assert account_of(root)[0].startswith("begun after 1.00 s (10 %); prefill")
-    assert account_of(root)[0].endswith("otherwise 4.00 s (40 %)")
+    assert order[Sort.DELAY][:2] == ["slow", "waited"]
+    assert order[Sort.FIRST_TOKEN][0] == "waited"
+    assert order[Sort.PER_TOKEN][0] == "slow"
+    assert order[Sort.TOTAL][0] == "long"
+    assert [per_token_ms(one) for one in overview.requests] == [20, 20, 100, 20]
+
+
+def test_the_account_stands_below_the_picture():
+    """The answer to "why was this slow?" in sentences; they are the scheduler's, so that its page has the same."""
+    account = ("ended with length after 3.40 s", "e0 was lost at +1.00 s: a pause of 1.20 s", "queue 1.20 s (35 %)")
+    lines = drawn(simple(facts={**ROOT_FACTS, "paceline.account": account}))
+
+    assert tuple(lines[-3:]) == account
 
 
 def test_a_request_that_was_moved_shows_both_places_and_why():
@@ -205,9 +221,8 @@ def test_a_request_that_was_moved_shows_both_places_and_why():
         event("placed again", 2.5, **{"paceline.executor.id": "e1"}),
         event("executor lost", 2, **{"paceline.executor.id": "e0"}),
     ]
-    facts = {**ROOT_FACTS, "paceline.recomputations": 1}
     text = otlp(
-        span("chat fake", 1, 0, 4, parent=0, events=events, facts=facts),
+        span("chat fake", 1, 0, 4, parent=0, events=events, facts=ROOT_FACTS),
         span("queue", 2, 0, 0.5), chunk(3, 0.5, 1), decode(4, 1, 2),
         span("queue", 5, 2, 2.5), chunk(6, 2.5, 3, "e1", 2), decode(7, 3, 4, "e1", 2),
     )  # fmt: skip
@@ -215,9 +230,6 @@ def test_a_request_that_was_moved_shows_both_places_and_why():
     marks = [line for line in lines if "◆" in line]
 
     assert ["executor lost" in marks[0], "placed again" in marks[1]] == [True, True]
-    assert "computed again once" in "\n".join(lines)
-    assert "queue 1.00 s (25 %), 2 times" in "\n".join(lines)
-    assert "on e0 and e1" in "\n".join(lines)
 
 
 def test_what_went_wrong_is_red():
@@ -229,14 +241,6 @@ def test_what_went_wrong_is_red():
     assert str(error.style) == "red" or any(one.style == "red" for one in error.spans)
 
 
-def test_a_request_that_goes_on_says_so():
-    """It may be the one that hangs."""
-    (root,) = tree_of(otlp(span("chat fake", 1, 0, 4, parent=0), span("queue", 2, 0, 4)))
-
-    assert outcome_of(root) == "goes on after 4.00 s · no token yet"
-    assert account_of(root) == ["queue 4.00 s (100 %)"]
-
-
 def test_a_trace_without_length_is_drawn():
     """A request that was refused at once: nothing divides by zero."""
     assert drawn(otlp(span("chat fake", 1, 0, 0, parent=0)))
@@ -246,8 +250,8 @@ def test_a_trace_without_length_is_drawn():
 def test_names_from_outside_cannot_reach_the_terminal():
     """Tenants, errors and ids are the text of users."""
     text = otlp(
-        span(EVIL, 1, 0, 1, parent=0, facts={"paceline.tenant": EVIL}, events=[event(EVIL, 0.5)],
-             status={"code": 2, "message": EVIL}),
+        span(EVIL, 1, 0, 1, parent=0, events=[event(EVIL, 0.5)], status={"code": 2, "message": EVIL},
+             facts={"paceline.tenant": EVIL, "paceline.account": (EVIL, EVIL)}),
         span("decode", 2, 0, 1, facts={"paceline.executor.id": EVIL, "paceline.steps": 3}),
     )  # fmt: skip
     lines = waterfall(EVIL, tree_of(text), 100)
@@ -315,6 +319,7 @@ async def test_a_request_whose_executor_died_shows_both_attempts():
     assert "placed again" in result.stdout
     assert "computed again once" in result.stdout
     assert f"on {name} and {other}" in result.stdout
+    assert re.search(rf"{name} was (lost|cut off) at \+\S+ m?s.*: a pause of \d", result.stdout)
     decodes = [line for line in result.stdout.splitlines() if line.startswith("  decode")]
     assert [line.split("│")[0].split()[-1] for line in decodes] == [name, other]
 
@@ -396,9 +401,15 @@ async def test_without_an_id_the_slowest_are_listed():
         while result.stdout.count("  length") < 3:  # looks are shared for a moment
             result = await trace(system)
 
+        by_total = await trace(system, "--sort", "total")
+        wrong = await trace(system, "--sort", "length")
+
     assert "no request yet" in empty.stdout
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["request", "r1", "r2", "r0"]
-    assert "the slowest 3 of 3" in result.stderr
+    assert [line.split()[0] for line in by_total.stdout.splitlines()] == ["request", "r1", "r2", "r0"]
+    assert "the slowest 3 of 3 by total" in by_total.stderr
+    assert "the slowest 3 of 3 by delay (time beyond" in result.stderr
+    assert wrong.exit_code == ExitCode.USAGE
+    assert "--sort is one of delay, first-token, per-token, total, got 'length'" in wrong.stderr
 
 
 async def test_an_unknown_or_ambiguous_id_is_refused_with_the_way_out():
