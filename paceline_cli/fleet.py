@@ -366,12 +366,13 @@ def _table(executors: Any) -> Table:
 
 def _cells(executor: pb.Executor) -> tuple[Text | str, ...]:
     state, colour = _state_of(executor)
+    is_attached = state != "connecting"  # else its blocks are no cache yet
     return (
         Text(executor.executor_id),
         Text(state, style=colour),
         f"{executor.running_request_count:,}",
-        f"{executor.free_block_count:,} of {executor.capacity.block_count:,}",
-        f"{executor.reusable_block_count:,}",
+        f"{executor.free_block_count:,} of {executor.capacity.block_count:,}" if is_attached else "–",
+        f"{executor.reusable_block_count:,}" if is_attached else "–",
         f"{executor.step:,}",
         f"{executor.step_us / 1000:.3g} ms" if executor.step_us else "–",
         f"{executor.idle_share:.1%}",

@@ -97,6 +97,24 @@ class LatencyMeter:
         return [times[min(len(times) - 1, int(share * len(times)))] if times else 0.0 for share in shares]
 
 
+@dataclass(slots=True)
+class RecentCount:
+    """How often something happened in the last minute, to the second."""
+
+    _by_second: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=round(_WINDOW_S)))
+
+    def note(self, now: float) -> None:
+        """It has happened."""
+        second, before = int(now), 0
+        if self._by_second and self._by_second[-1][0] == second:
+            _, before = self._by_second.pop()
+        self._by_second.append((second, before + 1))
+
+    def count(self, now: float) -> int:
+        """In the minute before now."""
+        return sum(count for second, count in self._by_second if second > now - _WINDOW_S)
+
+
 @dataclass(eq=False, slots=True)
 class LoadWatcher:
     """Somebody who is told the load again and again."""
@@ -137,6 +155,7 @@ class LoadMeter:
         self.output_sizes = SizeMeter()
         self.longest_sizes = SizeMeter()  # of the longest choice of a request
         self.refused_counts: Counter[str] = Counter()  # by one of `refusals.REASONS`
+        self.refused_lately = RecentCount()  # because the queue was full
         self.outcome_counts: Counter[str] = Counter()  # why requests ended
         self.move_counts: Counter[str] = Counter()  # placements that had to end before their requests, by cause
         self.recovery_counts: Counter[str] = Counter()  # executors that went, by what became of those who were there
@@ -161,6 +180,8 @@ class LoadMeter:
     def note_refused(self, reason: str) -> None:
         """A request was not let in."""
         self.refused_counts[reason] += 1
+        if reason == "queue_full":
+            self.refused_lately.note(time.monotonic())
 
     def note_first_token(self, now: float, seconds: float, trace_id: str = "") -> None:
         """A request has waited so long for its first token."""

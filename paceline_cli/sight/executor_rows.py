@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from paceline_cli.sight.drawing import Column, Ink, Stretch, block_map, legend, spread, stacked_bar, table
-from paceline_cli.sight.words import amount, duration, percent, shorten
+from paceline_cli.sight.words import NOTHING, amount, duration, percent, shorten
 
 if TYPE_CHECKING:
     from paceline.v1 import observation_pb2 as pb
@@ -21,6 +21,7 @@ PHASES = (
 )
 _BLOCKS = (Ink("held", "blue", "█"), Ink("cached", "cyan", "▒"), Ink("free", "bright_black", "·"))
 _MUCH_IDLE = 0.02  # of the time, from which on it is shown in red: the split costs too much
+_ENOUGH_REQUESTS = 2  # who run there, below which a moment without a plan is a large share of little time
 _STATES = {"ready": "green", "draining": "yellow", "connecting": "cyan"}
 _COLUMNS = (
     Column("executor", 0, most=24),
@@ -65,6 +66,7 @@ def _cells(overview: pb.ExecutorOverview, bar_width: int, mono: bool) -> tuple[T
     blocks = executor.capacity.block_count
     held = (blocks - executor.free_block_count) / blocks if blocks else 0.0
     known = executor.known_token_count
+    is_idle = overview.idle_share >= _MUCH_IDLE and executor.running_request_count >= _ENOUGH_REQUESTS
     phases = [(ink, getattr(overview.phases, f"{ink.name}_us")) for ink in PHASES]
     return (
         Text(shorten(executor.executor_id, 24)),
@@ -74,8 +76,8 @@ def _cells(overview: pb.ExecutorOverview, bar_width: int, mono: bool) -> tuple[T
         Text(amount(max(0.0, overview.steps_per_s))),
         Text(duration(executor.step_us / 1e6) if executor.step_us else "–"),
         stacked_bar(phases, bar_width, mono),
-        Text(percent(overview.idle_share), style="bold red" if overview.idle_share >= _MUCH_IDLE else ""),
-        Text(percent(held)),
+        Text(percent(overview.idle_share), style="bold red" if is_idle else ""),
+        Text(percent(held) if state != "connecting" else NOTHING),
         Text(percent(executor.reused_token_count / known) if known else "–"),
     )
 

@@ -159,7 +159,8 @@ def _figures_of(overview: pb.GetOverviewResponse) -> list[_Figure]:
     at_door = f", {held:,} at the door for {duration(overview.oldest_at_door_ms / 1000)}" if held else ""
     rate = overview.history[-1].tokens_per_s if overview.history else 0.0
     backlog = f"backlog {duration(load.backlog_ms / 1000)}" if load.backlog_ms else "no backlog"
-    refused = f", {load.refused_request_count:,} refused" if load.refused_request_count else ""
+    lately = overview.refused_in_last_minute_count
+    refused = f", {lately:,} refused in the last minute" if lately else ""
     each = f", then {milliseconds(load.per_token.p50_us / 1000)} a token" if load.per_token.p50_us else ""
     return [
         _Figure(
@@ -168,7 +169,7 @@ def _figures_of(overview: pb.GetOverviewResponse) -> list[_Figure]:
         _Figure(
             "waiting",
             Text(amount(load.waiting_request_count), style="bold yellow" if has_waiting else "bold"),
-            Text(f" ({oldest}{at_door})" if has_waiting else at_door, style="yellow"),
+            Text((f" ({oldest}{at_door})" if has_waiting else at_door) + refused, style="yellow"),
             (f"oldest {oldest}" if has_waiting else f"nobody{refused}") + at_door,
         ),
         _Figure("tokens/s", _bold(rate), Text(), backlog + (refused if has_waiting else "")),
@@ -182,7 +183,7 @@ def _figures_of(overview: pb.GetOverviewResponse) -> list[_Figure]:
             "held",
             Text(percent(held_share), style="bold"),
             Text(),
-            f"{load.held_block_count:,} of {load.block_count:,} blocks",
+            f"{load.held_block_count:,} of {load.block_count:,} blocks" if load.block_count else "no cache is there",
         ),
     ]
 

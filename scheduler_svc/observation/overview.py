@@ -130,27 +130,37 @@ class Overview:
         load = load_of(self._model, self._fleet, self._engine, LoadWatcher())
         since, generated = self._sampled or (now, load.generated_token_count)
         over_s = now - since
-        decision = self._scaling.decision(now)
-        states = [executor.state for executor in load.executors]
-        self._samples.append(
-            observation_pb2.FleetSample(
-                at_unix_ms=self._unix_ms(now),
-                ready_executor_count=states.count(fleet_pb2.EXECUTOR_STATE_READY),
-                draining_executor_count=states.count(fleet_pb2.EXECUTOR_STATE_DRAINING),
-                running_request_count=load.running_request_count,
-                waiting_request_count=load.waiting_request_count,
-                tokens_per_s=(load.generated_token_count - generated) / over_s if over_s else 0.0,
-                held_share=load.held_block_count / load.block_count if load.block_count else 0.0,
-                wanted_executor_count=decision.wanted_executor_count if decision is not None else None,
-                first_token_p50_ms=load.first_token.p50_us / 1e3,
-                first_token_p95_ms=load.first_token.p95_us / 1e3,
-            )
-        )
+        rate = (load.generated_token_count - generated) / over_s if over_s else 0.0
+        self._samples.append(self._sample_of(load, now, rate))
         self._sampled = now, load.generated_token_count
         members = self._fleet.members.values()
         self._rates = {member.joined.incarnation: self._rates_of(member) for member in members}
         for rates in self._rates.values():
             rates.sample(now)
+
+    def _sample_of(
+        self, load: fleet_pb2.WatchLoadResponse, now: float, tokens_per_s: float
+    ) -> observation_pb2.FleetSample:
+        decision = self._scaling.decision(now)
+        states = [executor.state for executor in load.executors]
+        return observation_pb2.FleetSample(
+            at_unix_ms=self._unix_ms(now),
+            ready_executor_count=states.count(fleet_pb2.EXECUTOR_STATE_READY),
+            draining_executor_count=states.count(fleet_pb2.EXECUTOR_STATE_DRAINING),
+            running_request_count=load.running_request_count,
+            waiting_request_count=load.waiting_request_count,
+            tokens_per_s=tokens_per_s,
+            held_share=load.held_block_count / load.block_count if load.block_count else 0.0,
+            wanted_executor_count=decision.wanted_executor_count if decision is not None else None,
+            first_token_p50_ms=load.first_token.p50_us / 1e3,
+            first_token_p95_ms=load.first_token.p95_us / 1e3,
+        )
+
+    def _history(self, load: fleet_pb2.WatchLoadResponse, now: float) -> list[observation_pb2.FleetSample]:
+        """The samples, and one of now: charts and figures of one picture agree. A rate needs its two seconds."""
+        if not self._samples:
+            return []
+        return [*self._samples, self._sample_of(load, now, self._samples[-1].tokens_per_s)]
 
     def _rates_of(self, member: Member) -> Rates:
         return self._rates.get(member.joined.incarnation) or Rates(member.link.steps)
@@ -159,18 +169,20 @@ class Overview:
         members = sorted(self._fleet.members.values(), key=lambda member: member.joined.executor_id)
         arrivals = self._engine.arrivals
         held_since = arrivals.held_since(*Hold)
+        load = load_of(self._model, self._fleet, self._engine, LoadWatcher())
         return observation_pb2.GetOverviewResponse(
             at_unix_ms=self._unix_ms(now),
             started_unix_ms=self._started_ms,
             release=RELEASE,
-            load=load_of(self._model, self._fleet, self._engine, LoadWatcher()),
+            load=load,
+            refused_in_last_minute_count=self._engine.meter.refused_lately.count(now),
             at_door_request_count=arrivals.held_count(*Hold),
             oldest_at_door_ms=0 if held_since is None else max(0, round(1e3 * (now - held_since))),
             durability=DURABILITIES[self._journal.durability],
             journal_bytes=self._journal.byte_count,
             executors=[self._executor(member, now) for member in members],
             scaling=self._scaling_overview(now),
-            history=self._samples,
+            history=self._history(load, now),
         )
 
     def _scaling_overview(self, now: float) -> observation_pb2.ScalingOverview | None:

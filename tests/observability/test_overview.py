@@ -135,6 +135,38 @@ def test_the_idle_share_of_the_last_seconds_forgets_what_was_before():
     assert steps.idle_share == pytest.approx(4.0 / 12.0)
 
 
+async def test_charts_end_with_the_figures_beside_them():
+    """A chart that says 2 running beside a tile that says 0 makes both of them doubtful."""
+    async with started(executor=SLOW) as system:
+        system.app._overview.sample()
+        reading = asyncio.ensure_future(read(system, request("r", 200, request_id="r", ignore_eos=True)))
+        await until(lambda: system.scheduler.executors["e0"].running)
+        overview = await look(system)
+        while not overview.load.running_request_count:  # looks are shared for a moment
+            overview = await look(system)
+        reading.cancel()
+
+    assert overview.history[0].running_request_count == 0
+    assert overview.history[-1].running_request_count == overview.load.running_request_count == 1
+    assert overview.history[-1].at_unix_ms == overview.at_unix_ms
+
+
+async def test_what_is_found_again_after_a_preemption_is_not_reused():
+    """`reused` of an executor and the counter of Prometheus are compared, and would be two truths."""
+    config = replace(FAST, fake_block_count=24, fake_step_us=2000)
+    async with started(executor=config, policy="priority") as system:
+        low = asyncio.ensure_future(read(system, request("a" * 40, 24, request_id="low", priority=0, ignore_eos=True)))
+        await until(lambda: (one := system.app.engine.find("low", 0)) is not None and one.output_count > 2)
+        await read(system, request("b" * 40, 24, request_id="high", priority=5, ignore_eos=True))
+        await low
+        (executor,) = system.scheduler.executors.values()
+        meter = system.app.engine.meter
+
+    assert meter.preemption_count
+    assert executor.reused_count == meter.reused_token_count == 0
+    assert executor.known_count == meter.placed_prompt_token_count == 80
+
+
 async def test_what_the_autoscaler_decided_is_shown_as_long_as_it_has_the_right():
     """An operator sees why there are so many executors without looking for another process."""
     decision = fleet_pb2.ScalingDecision(wanted_executor_count=3, reason="slo wants 3", changed_unix_ms=5)
@@ -151,7 +183,8 @@ async def test_what_the_autoscaler_decided_is_shown_as_long_as_it_has_the_right(
 
     assert not before.HasField("scaling")
     assert during.scaling.decision == decision
-    assert after.history[-1].wanted_executor_count == 3
+    assert after.history[-2].wanted_executor_count == 3
+    assert not after.history[-1].HasField("wanted_executor_count")  # that one is of now
     assert not after.HasField("scaling")
 
 

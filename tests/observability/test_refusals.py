@@ -9,9 +9,11 @@ import grpc
 import pytest
 
 from paceline.v1 import fleet_pb2, inference_pb2
+from scheduler_svc.load_meter import RecentCount
 from scheduler_svc.observation.tracing import Tracing
 from scheduler_svc.refusals import REASONS
 from tests.observability.otlp_receiver import OtlpReceiver
+from tests.observability.test_overview import look
 from tests.system import FAST, request, started, until
 
 SLOW = replace(FAST, fake_step_us=20_000)
@@ -132,10 +134,12 @@ async def test_a_full_queue_is_counted_as_one():
         await until(lambda: system.scheduler.waiting_count == 1)
         assert await fails(system.generate(request())) is grpc.StatusCode.RESOURCE_EXHAUSTED
         counts = refused(system)
+        lately = (await look(system)).refused_in_last_minute_count
         for call in calls:
             call.cancel()
 
     assert counts == {"queue_full": 1}
+    assert lately == 1
 
 
 async def test_a_mistake_of_ours_at_the_door_is_counted_and_remembered(monkeypatch):
@@ -239,3 +243,15 @@ def test_refusals_cost_no_more_spans_than_was_said_and_hide_no_failures():
     assert tracing.is_recorded(tracing.accept(None), failed=True)
     assert not tracing.is_refusal_recorded(tracing.accept(None))
     assert not Tracing(None).is_refusal_recorded(caller)
+
+
+def test_refusals_of_the_last_minute_are_forgotten_after_it():
+    """Whoever opens the page now must see those of a moment ago, and not those of an hour ago as if they were new."""
+    lately = RecentCount()
+    for at in (100.2, 100.9, 130.0, 159.5):
+        lately.note(at)
+
+    assert [lately.count(now) for now in (159.9, 175.0, 300.0)] == [4, 2, 0]
+    for second in range(1_000):
+        lately.note(300.0 + second)
+    assert lately.count(1_299.5) == 60

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from executor_svc.fake import FakeRunner
 from paceline.v1 import fleet_pb2 as pb
 from paceline_cli.errors import CommandError, ExitCode
-from paceline_cli.fleet import Drainer, DrainWatch, Stage
+from paceline_cli.fleet import Drainer, DrainWatch, Stage, _cells
 from paceline_cli.main import app
 from tests.system import FAST, System, request, run_executor, started, until
 
@@ -273,6 +273,17 @@ def show(monkeypatch, answer: pb.ListExecutorsResponse) -> None:
     """Let a scripted scheduler answer."""
     scheduler = contextlib.nullcontext(Scripted([answer]))
     monkeypatch.setattr("paceline_cli.fleet.connected", lambda _address: scheduler)
+
+
+def test_who_connects_has_no_blocks_yet():
+    """`4,096 of 4,096` free would be taken for room."""
+    one = pb.Executor(executor_id="e0", free_block_count=4096, capacity=pb.ExecutorCapacity(block_count=4096))
+    one.state = pb.EXECUTOR_STATE_CONNECTING
+    connecting = _cells(one)
+    one.state = pb.EXECUTOR_STATE_READY
+
+    assert connecting[3:5] == ("–", "–")
+    assert _cells(one)[3:5] == ("4,096 of 4,096", "0")
 
 
 async def test_json_is_the_message_itself():

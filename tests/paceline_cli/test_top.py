@@ -243,6 +243,40 @@ def test_the_head_says_whether_anything_survives(durability, words, colour):
     assert any(span.style == colour for span in head.spans)
 
 
+def test_refusals_are_those_of_the_last_minute_and_say_so():
+    """A total since the start of the process alarms for ever after one bad night."""
+    overview = sample_overview()
+    assert "refused" not in shown(overview, width=200)
+    overview.refused_in_last_minute_count = 5
+    assert ", 5 refused in the last minute" in shown(overview, width=200)
+    assert ", 5 refused in the last minute" in shown(overview, width=120, height=24)
+
+
+@pytest.mark.parametrize(("running_count", "is_red"), [(1, False), (2, True)])
+def test_one_request_alone_makes_no_idle_share_red(running_count, is_red):
+    """In its few steps a pause of a moment is a large share, and nothing to be mended."""
+    overview = sample_overview()
+    overview.executors[1].executor.running_request_count = running_count
+    lines = picture(overview, Look(width=160, height=60))
+    (row,) = (line for line in lines if line.plain.startswith("executor-1"))
+
+    assert "3.1 %" in row.plain
+    assert any(span.style == "bold red" for span in row.spans) == is_red
+
+
+def test_who_connects_has_no_cache_yet():
+    """`0 of 0 blocks`, and all of them free, are both said of something that is not there."""
+    overview = sample_overview()
+    overview.load.block_count = overview.load.held_block_count = 0
+    del overview.executors[1:]
+    overview.executors[0].executor.state = fleet.EXECUTOR_STATE_CONNECTING
+    text = shown(overview, width=200, height=60)
+
+    assert "no cache is there" in text
+    assert "0 of 0" not in text
+    assert re.search(r"^executor-0 +connecting .* – ", text, re.MULTILINE)
+
+
 def test_the_autoscaler_says_since_when_it_wants_what():
     """A decision without its time cannot be told from one that is stuck."""
     assert "wants 4, 1 starting, for 22 s: the slowest" in shown(sample_overview()).replace("\n", " ")

@@ -428,9 +428,11 @@ class Executor(_message.Message):
     reusable_block_count: _builtins.int
     """Free blocks whose keys and values are kept for requests that begin with the same tokens, until the space is needed."""
     known_token_count: _builtins.int
-    """Tokens of all requests placed on it since it was attached that had to be in the cache before their next token."""
+    """Prompt tokens of all requests that had their first place on it, since it was attached."""
     reused_token_count: _builtins.int
-    """How many of `known_token_count` were in the cache already and not computed."""
+    """How many of `known_token_count` were in the cache already and not computed. What a request finds there of its own
+    when it comes back after a preemption is not among them.
+    """
     startup_ms: _builtins.int
     """Milliseconds that its process took until its model was ready. 0: unknown."""
     @_builtins.property

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from paceline.v1 import fleet_pb2 as paceline_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpaceline/v1/observation.proto\x12\x0bpaceline.v1\x1a\x17paceline/v1/fleet.proto\"+\n\x12GetOverviewRequest\x12\x15\n\rrequest_limit\x18\x01 \x01(\r\"\xbb\x03\n\x13GetOverviewResponse\x12\x12\n\nat_unix_ms\x18\x01 \x01(\x04\x12\x17\n\x0fstarted_unix_ms\x18\x02 \x01(\x04\x12\x0f\n\x07release\x18\x03 \x01(\t\x12,\n\x04load\x18\x04 \x01(\x0b\x32\x1e.paceline.v1.WatchLoadResponse\x12+\n\ndurability\x18\x05 \x01(\x0e\x32\x17.paceline.v1.Durability\x12\x15\n\rjournal_bytes\x18\x06 \x01(\x04\x12\x30\n\texecutors\x18\x07 \x03(\x0b\x32\x1d.paceline.v1.ExecutorOverview\x12.\n\x08requests\x18\x08 \x03(\x0b\x32\x1c.paceline.v1.RequestOverview\x12-\n\x07scaling\x18\t \x01(\x0b\x32\x1c.paceline.v1.ScalingOverview\x12)\n\x07history\x18\n \x03(\x0b\x32\x18.paceline.v1.FleetSample\x12\x1d\n\x15\x61t_door_request_count\x18\x0b \x01(\r\x12\x19\n\x11oldest_at_door_ms\x18\x0c \x01(\x04\"\xa4\x02\n\x10\x45xecutorOverview\x12\'\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x15.paceline.v1.Executor\x12\x13\n\x0b\x62lock_cells\x18\x02 \x01(\x0c\x12\x17\n\x0f\x62locks_per_cell\x18\x03 \x01(\r\x12\'\n\x06phases\x18\x04 \x01(\x0b\x32\x17.paceline.v1.StepPhases\x12\x13\n\x0bsteps_per_s\x18\x05 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x18\n\x10sent_bytes_per_s\x18\x07 \x01(\x01\x12\x1c\n\x14received_bytes_per_s\x18\x08 \x01(\x01\x12\x19\n\x11\x65mpty_block_count\x18\t \x01(\r\x12\x12\n\nidle_share\x18\n \x01(\x01\"i\n\nStepPhases\x12\x0f\n\x07wait_us\x18\x01 \x01(\x01\x12\x0f\n\x07idle_us\x18\x02 \x01(\x01\x12\x12\n\nprepare_us\x18\x03 \x01(\x01\x12\x12\n\nforward_us\x18\x04 \x01(\x01\x12\x11\n\tsample_us\x18\x05 \x01(\x01\"\xcd\x03\n\x0fRequestOverview\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x11\n\tis_traced\x18\x03 \x01(\x08\x12(\n\x05stage\x18\x04 \x01(\x0e\x32\x19.paceline.v1.RequestStage\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x14\n\x0c\x63hoice_count\x18\x08 \x01(\r\x12\x1a\n\x12prompt_token_count\x18\t \x01(\r\x12\x1a\n\x12reused_token_count\x18\n \x01(\r\x12\x1a\n\x12output_token_count\x18\x0b \x01(\r\x12\x1e\n\x16max_output_token_count\x18\x0c \x01(\r\x12\x18\n\x10\x61\x63\x63\x65pted_unix_ms\x18\r \x01(\x04\x12\x16\n\x0e\x66irst_token_ms\x18\x0e \x01(\x01\x12\x10\n\x08total_ms\x18\x0f \x01(\x01\x12\x1b\n\x13recomputation_count\x18\x10 \x01(\r\x12\"\n\x06phases\x18\x11 \x03(\x0b\x32\x12.paceline.v1.Phase\x12\x18\n\x10received_unix_ms\x18\x12 \x01(\x04\"h\n\x05Phase\x12(\n\x05stage\x18\x01 \x01(\x0e\x32\x19.paceline.v1.RequestStage\x12\x10\n\x08\x62\x65gin_ms\x18\x02 \x01(\x01\x12\x0e\n\x06\x65nd_ms\x18\x03 \x01(\x01\x12\x13\n\x0b\x65xecutor_id\x18\x04 \x01(\t\"u\n\x0fScalingOverview\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x1f\n\x17starting_executor_count\x18\x02 \x01(\r\x12.\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x1c.paceline.v1.ScalingDecision\"\xbe\x02\n\x0b\x46leetSample\x12\x12\n\nat_unix_ms\x18\x01 \x01(\x04\x12\x1c\n\x14ready_executor_count\x18\x02 \x01(\r\x12\x1f\n\x17\x64raining_executor_count\x18\x03 \x01(\r\x12\x1d\n\x15running_request_count\x18\x04 \x01(\r\x12\x1d\n\x15waiting_request_count\x18\x05 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x12\n\nheld_share\x18\x07 \x01(\x01\x12\"\n\x15wanted_executor_count\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_token_p50_ms\x18\t \x01(\x01\x12\x1a\n\x12\x66irst_token_p95_ms\x18\n \x01(\x01\x42\x18\n\x16_wanted_executor_count\"%\n\x0fGetTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x10GetTraceResponse\x12\x11\n\totlp_json\x18\x01 \x01(\t*\xac\x01\n\x0cRequestStage\x12\x1d\n\x19REQUEST_STAGE_UNSPECIFIED\x10\x00\x12\x17\n\x13REQUEST_STAGE_QUEUE\x10\x01\x12\x19\n\x15REQUEST_STAGE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STAGE_DECODE\x10\x03\x12\x17\n\x13REQUEST_STAGE_ENDED\x10\x04\x12\x16\n\x12REQUEST_STAGE_DOOR\x10\x05\x32\xaf\x01\n\x12ObservationService\x12P\n\x0bGetOverview\x12\x1f.paceline.v1.GetOverviewRequest\x1a .paceline.v1.GetOverviewResponse\x12G\n\x08GetTrace\x12\x1c.paceline.v1.GetTraceRequest\x1a\x1d.paceline.v1.GetTraceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpaceline/v1/observation.proto\x12\x0bpaceline.v1\x1a\x17paceline/v1/fleet.proto\"+\n\x12GetOverviewRequest\x12\x15\n\rrequest_limit\x18\x01 \x01(\r\"\xe1\x03\n\x13GetOverviewResponse\x12\x12\n\nat_unix_ms\x18\x01 \x01(\x04\x12\x17\n\x0fstarted_unix_ms\x18\x02 \x01(\x04\x12\x0f\n\x07release\x18\x03 \x01(\t\x12,\n\x04load\x18\x04 \x01(\x0b\x32\x1e.paceline.v1.WatchLoadResponse\x12+\n\ndurability\x18\x05 \x01(\x0e\x32\x17.paceline.v1.Durability\x12\x15\n\rjournal_bytes\x18\x06 \x01(\x04\x12\x30\n\texecutors\x18\x07 \x03(\x0b\x32\x1d.paceline.v1.ExecutorOverview\x12.\n\x08requests\x18\x08 \x03(\x0b\x32\x1c.paceline.v1.RequestOverview\x12-\n\x07scaling\x18\t \x01(\x0b\x32\x1c.paceline.v1.ScalingOverview\x12)\n\x07history\x18\n \x03(\x0b\x32\x18.paceline.v1.FleetSample\x12\x1d\n\x15\x61t_door_request_count\x18\x0b \x01(\r\x12\x19\n\x11oldest_at_door_ms\x18\x0c \x01(\x04\x12$\n\x1crefused_in_last_minute_count\x18\r \x01(\r\"\xa4\x02\n\x10\x45xecutorOverview\x12\'\n\x08\x65xecutor\x18\x01 \x01(\x0b\x32\x15.paceline.v1.Executor\x12\x13\n\x0b\x62lock_cells\x18\x02 \x01(\x0c\x12\x17\n\x0f\x62locks_per_cell\x18\x03 \x01(\r\x12\'\n\x06phases\x18\x04 \x01(\x0b\x32\x17.paceline.v1.StepPhases\x12\x13\n\x0bsteps_per_s\x18\x05 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x18\n\x10sent_bytes_per_s\x18\x07 \x01(\x01\x12\x1c\n\x14received_bytes_per_s\x18\x08 \x01(\x01\x12\x19\n\x11\x65mpty_block_count\x18\t \x01(\r\x12\x12\n\nidle_share\x18\n \x01(\x01\"i\n\nStepPhases\x12\x0f\n\x07wait_us\x18\x01 \x01(\x01\x12\x0f\n\x07idle_us\x18\x02 \x01(\x01\x12\x12\n\nprepare_us\x18\x03 \x01(\x01\x12\x12\n\nforward_us\x18\x04 \x01(\x01\x12\x11\n\tsample_us\x18\x05 \x01(\x01\"\xcd\x03\n\x0fRequestOverview\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x11\n\tis_traced\x18\x03 \x01(\x08\x12(\n\x05stage\x18\x04 \x01(\x0e\x32\x19.paceline.v1.RequestStage\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x14\n\x0c\x63hoice_count\x18\x08 \x01(\r\x12\x1a\n\x12prompt_token_count\x18\t \x01(\r\x12\x1a\n\x12reused_token_count\x18\n \x01(\r\x12\x1a\n\x12output_token_count\x18\x0b \x01(\r\x12\x1e\n\x16max_output_token_count\x18\x0c \x01(\r\x12\x18\n\x10\x61\x63\x63\x65pted_unix_ms\x18\r \x01(\x04\x12\x16\n\x0e\x66irst_token_ms\x18\x0e \x01(\x01\x12\x10\n\x08total_ms\x18\x0f \x01(\x01\x12\x1b\n\x13recomputation_count\x18\x10 \x01(\r\x12\"\n\x06phases\x18\x11 \x03(\x0b\x32\x12.paceline.v1.Phase\x12\x18\n\x10received_unix_ms\x18\x12 \x01(\x04\"h\n\x05Phase\x12(\n\x05stage\x18\x01 \x01(\x0e\x32\x19.paceline.v1.RequestStage\x12\x10\n\x08\x62\x65gin_ms\x18\x02 \x01(\x01\x12\x0e\n\x06\x65nd_ms\x18\x03 \x01(\x01\x12\x13\n\x0b\x65xecutor_id\x18\x04 \x01(\t\"u\n\x0fScalingOverview\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x1f\n\x17starting_executor_count\x18\x02 \x01(\r\x12.\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x1c.paceline.v1.ScalingDecision\"\xbe\x02\n\x0b\x46leetSample\x12\x12\n\nat_unix_ms\x18\x01 \x01(\x04\x12\x1c\n\x14ready_executor_count\x18\x02 \x01(\r\x12\x1f\n\x17\x64raining_executor_count\x18\x03 \x01(\r\x12\x1d\n\x15running_request_count\x18\x04 \x01(\r\x12\x1d\n\x15waiting_request_count\x18\x05 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x12\n\nheld_share\x18\x07 \x01(\x01\x12\"\n\x15wanted_executor_count\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\x12\x66irst_token_p50_ms\x18\t \x01(\x01\x12\x1a\n\x12\x66irst_token_p95_ms\x18\n \x01(\x01\x42\x18\n\x16_wanted_executor_count\"%\n\x0fGetTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x10GetTraceResponse\x12\x11\n\totlp_json\x18\x01 \x01(\t*\xac\x01\n\x0cRequestStage\x12\x1d\n\x19REQUEST_STAGE_UNSPECIFIED\x10\x00\x12\x17\n\x13REQUEST_STAGE_QUEUE\x10\x01\x12\x19\n\x15REQUEST_STAGE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STAGE_DECODE\x10\x03\x12\x17\n\x13REQUEST_STAGE_ENDED\x10\x04\x12\x16\n\x12REQUEST_STAGE_DOOR\x10\x05\x32\xaf\x01\n\x12ObservationService\x12P\n\x0bGetOverview\x12\x1f.paceline.v1.GetOverviewRequest\x1a .paceline.v1.GetOverviewResponse\x12G\n\x08GetTrace\x12\x1c.paceline.v1.GetTraceRequest\x1a\x1d.paceline.v1.GetTraceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline.v1.observation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REQUESTSTAGE']._serialized_start=2053
-  _globals['_REQUESTSTAGE']._serialized_end=2225
+  _globals['_REQUESTSTAGE']._serialized_start=2091
+  _globals['_REQUESTSTAGE']._serialized_end=2263
   _globals['_GETOVERVIEWREQUEST']._serialized_start=71
   _globals['_GETOVERVIEWREQUEST']._serialized_end=114
   _globals['_GETOVERVIEWRESPONSE']._serialized_start=117
-  _globals['_GETOVERVIEWRESPONSE']._serialized_end=560
-  _globals['_EXECUTOROVERVIEW']._serialized_start=563
-  _globals['_EXECUTOROVERVIEW']._serialized_end=855
-  _globals['_STEPPHASES']._serialized_start=857
-  _globals['_STEPPHASES']._serialized_end=962
-  _globals['_REQUESTOVERVIEW']._serialized_start=965
-  _globals['_REQUESTOVERVIEW']._serialized_end=1426
-  _globals['_PHASE']._serialized_start=1428
-  _globals['_PHASE']._serialized_end=1532
-  _globals['_SCALINGOVERVIEW']._serialized_start=1534
-  _globals['_SCALINGOVERVIEW']._serialized_end=1651
-  _globals['_FLEETSAMPLE']._serialized_start=1654
-  _globals['_FLEETSAMPLE']._serialized_end=1972
-  _globals['_GETTRACEREQUEST']._serialized_start=1974
-  _globals['_GETTRACEREQUEST']._serialized_end=2011
-  _globals['_GETTRACERESPONSE']._serialized_start=2013
-  _globals['_GETTRACERESPONSE']._serialized_end=2050
-  _globals['_OBSERVATIONSERVICE']._serialized_start=2228
-  _globals['_OBSERVATIONSERVICE']._serialized_end=2403
+  _globals['_GETOVERVIEWRESPONSE']._serialized_end=598
+  _globals['_EXECUTOROVERVIEW']._serialized_start=601
+  _globals['_EXECUTOROVERVIEW']._serialized_end=893
+  _globals['_STEPPHASES']._serialized_start=895
+  _globals['_STEPPHASES']._serialized_end=1000
+  _globals['_REQUESTOVERVIEW']._serialized_start=1003
+  _globals['_REQUESTOVERVIEW']._serialized_end=1464
+  _globals['_PHASE']._serialized_start=1466
+  _globals['_PHASE']._serialized_end=1570
+  _globals['_SCALINGOVERVIEW']._serialized_start=1572
+  _globals['_SCALINGOVERVIEW']._serialized_end=1689
+  _globals['_FLEETSAMPLE']._serialized_start=1692
+  _globals['_FLEETSAMPLE']._serialized_end=2010
+  _globals['_GETTRACEREQUEST']._serialized_start=2012
+  _globals['_GETTRACEREQUEST']._serialized_end=2049
+  _globals['_GETTRACERESPONSE']._serialized_start=2051
+  _globals['_GETTRACERESPONSE']._serialized_end=2088
+  _globals['_OBSERVATIONSERVICE']._serialized_start=2266
+  _globals['_OBSERVATIONSERVICE']._serialized_end=2441
 # @@protoc_insertion_point(module_scope)

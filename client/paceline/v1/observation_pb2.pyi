@@ -93,6 +93,7 @@ class GetOverviewResponse(_message.Message):
     HISTORY_FIELD_NUMBER: _builtins.int
     AT_DOOR_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
     OLDEST_AT_DOOR_MS_FIELD_NUMBER: _builtins.int
+    REFUSED_IN_LAST_MINUTE_COUNT_FIELD_NUMBER: _builtins.int
     at_unix_ms: _builtins.int
     """When this was, and when the scheduler's process began, in milliseconds since 1970."""
     started_unix_ms: _builtins.int
@@ -106,6 +107,10 @@ class GetOverviewResponse(_message.Message):
     joined (these are among `load.waiting_request_count` too) or, of a batch, until the queue has room.
     """
     oldest_at_door_ms: _builtins.int
+    refused_in_last_minute_count: _builtins.int
+    """Requests that were refused in the last minute because the queue was full; of all of them see
+    `load.refused_request_count`.
+    """
     @_builtins.property
     def load(self) -> _fleet_pb2.WatchLoadResponse:
         """Everything that there is to do and to do it with."""
@@ -126,7 +131,9 @@ class GetOverviewResponse(_message.Message):
 
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetSample]:
-        """The last ten minutes, one sample every two seconds, the oldest first."""
+        """The last ten minutes, one sample every two seconds, the oldest first; then one of now, which has the figures of
+        `load`.
+        """
 
     def __init__(
         self,
@@ -143,10 +150,11 @@ class GetOverviewResponse(_message.Message):
         history: _abc.Iterable[Global___FleetSample] | None = ...,
         at_door_request_count: _builtins.int = ...,
         oldest_at_door_ms: _builtins.int = ...,
+        refused_in_last_minute_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "scaling", b"scaling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_door_request_count", b"at_door_request_count", "at_unix_ms", b"at_unix_ms", "durability", b"durability", "executors", b"executors", "history", b"history", "journal_bytes", b"journal_bytes", "load", b"load", "oldest_at_door_ms", b"oldest_at_door_ms", "release", b"release", "requests", b"requests", "scaling", b"scaling", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_door_request_count", b"at_door_request_count", "at_unix_ms", b"at_unix_ms", "durability", b"durability", "executors", b"executors", "history", b"history", "journal_bytes", b"journal_bytes", "load", b"load", "oldest_at_door_ms", b"oldest_at_door_ms", "refused_in_last_minute_count", b"refused_in_last_minute_count", "release", b"release", "requests", b"requests", "scaling", b"scaling", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -482,7 +490,7 @@ class GetTraceResponse(_message.Message):
     OTLP_JSON_FIELD_NUMBER: _builtins.int
     otlp_json: _builtins.str
     """Spans of the request and of the steps that computed it, as OTLP/JSON (`opentelemetry.proto.trace.v1.TracesData`):
-    Jaeger's page opens it as a file.
+    Jaeger's page opens it as a file. `paceline.account` of the first span has it in sentences for people.
     """
     def __init__(
         self,
