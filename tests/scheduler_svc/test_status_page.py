@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 from paceline.v1 import fleet_pb2 as fleet
 from paceline.v1 import observation_pb2 as observation
 from tests.browser.chromium import chromium
-from tests.browser.sample import CACHED, FREE, HELD, as_json, sample_overview, sample_trace
+from tests.browser.sample import CACHED, FREE, HELD, as_json, sample_account, sample_overview, sample_trace
 
 PAGE = Path(__file__).parent.parent.parent / "scheduler_svc/status_page/index.html"
 expect.set_options(timeout=15_000)
@@ -127,7 +127,7 @@ def test_shows_the_figures_of_the_scheduler(browser, scheduler, tmp_path):
     with opened(browser, scheduler) as page:
         expect(page.locator("#model")).to_have_text("Llama-3.1-8B-Instruct")
         expect(page.locator("#facts")).to_have_text("release 0.2.0 · up 2 h 5 min")
-        expect(page.locator("#durability")).to_have_text("✓ durable, journal 19 MB")
+        expect(page.locator("#durability")).to_have_text("✓ durable, journal 17.9 MiB")
         expect(page.locator("#tile-running")).to_contain_text("14 requests")
         expect(page.locator("#tile-waiting")).to_contain_text("6 requests")
         oldest = scheduler.overview.load.oldest_waiting_ms
@@ -269,6 +269,7 @@ def test_a_request_opens_the_waterfall_of_its_trace(browser, scheduler):
         detail.locator("summary").nth(0).click()
         expect(detail.locator("details").nth(0)).to_contain_text(request.error)
         expect(detail.locator("details").nth(0)).to_contain_text("first token")
+        assert detail.locator(".account p").all_inner_texts() == sample_account(request)
         link = detail.get_by_role("link", name="Download")
         with page.expect_download() as download:
             link.click()
@@ -279,6 +280,26 @@ def test_a_request_opens_the_waterfall_of_its_trace(browser, scheduler):
 
     assert [name.split()[-2] for name in shown] == ["generate", *spans]
     assert loaded == json.loads(sample_trace(request))
+
+
+def test_a_loss_is_told_by_its_name_and_spans_by_their_executors(browser, scheduler):
+    """A diamond without a word, and `forward` without a place, leave open the two questions that one has."""
+    request = next(request for request in scheduler.overview.requests if request.recomputation_count)
+    place = next(phase.executor_id for phase in request.phases if phase.executor_id)
+    with opened(browser, scheduler) as page:
+        page.get_by_title(request.request_id).click()
+        detail = page.get_by_role("dialog")
+        expect(detail.locator(".spans .event.bad")).to_contain_text(f"◆ executor lost {place}")
+        expect(detail.locator(".spans .event").first).to_contain_text("first token")
+        expect(detail.locator(".spans summary").filter(has_text="decode").first).to_contain_text(place)
+        expect(detail.locator(".spans summary").filter(has_text="queue").first).to_contain_text("scheduler")
+
+
+def test_one_request_alone_makes_no_executor_red(browser, scheduler):
+    """In the few steps of a single request a pause of a moment is a large share, and nothing to be mended."""
+    scheduler.overview.executors[1].executor.running_request_count = 1
+    with opened(browser, scheduler) as page:
+        expect(page.locator(".executor").nth(1).locator(".idle")).to_have_text("idle 3.1 %")
 
 
 def test_a_request_that_is_forgotten_is_said_to_be(browser, scheduler):
@@ -310,7 +331,7 @@ def test_warns_of_a_lost_journal_and_of_refused_requests(browser, scheduler):
     with opened(browser, scheduler) as page:
         expect(page.get_by_role("alert")).to_have_text("")
         scheduler.overview.durability = fleet.DURABILITY_LOST
-        scheduler.overview.load.refused_request_count += 5
+        scheduler.overview.refused_in_last_minute_count = 5
         expect(page.get_by_role("alert")).to_contain_text("The journal cannot be written")
         expect(page.get_by_role("alert")).to_contain_text("5 requests were refused in the last minute")
         expect(page.locator("#durability")).to_have_text("▲ journal lost")
