@@ -74,7 +74,8 @@ def _of_choice(spans: Sequence[Span], root: Span, choice: int, is_restored: bool
         some = [span for span in spans if span.name == name]
         spent_ns = sum(span.end_ns - span.begin_ns for span in some) if name != "prefill" else _wall_ns(some)
         accounted_ns += spent_ns
-        sentence.append(f"{'at the door' if name == 'door' else name} {_share(spent_ns, total_ns)}{_more(name, some)}")
+        more = _more(name, some, is_much=spent_ns > _LITTLE * total_ns)
+        sentence.append(f"{'at the door' if name == 'door' else name} {_share(spent_ns, total_ns)}{more}")
     rest_ns = total_ns - accounted_ns
     if rest_ns > _LITTLE * total_ns:
         sentence.append(f"otherwise {_share(rest_ns, total_ns)}")
@@ -93,7 +94,7 @@ def _wall_ns(prefills: Iterable[Span]) -> int:
     return sum(max(one.end_ns for one in some) - min(one.begin_ns for one in some) for some in attempts.values())
 
 
-def _more(name: str, spans: Sequence[Span]) -> str:
+def _more(name: str, spans: Sequence[Span], *, is_much: bool) -> str:
     places = list(dict.fromkeys(str(place) for span in spans if (place := span.attributes.get("paceline.executor.id"))))
     where = f" on {' and '.join(places)}" if places else ""
     if name == "prefill":
@@ -102,7 +103,7 @@ def _more(name: str, spans: Sequence[Span]) -> str:
         steps = _sum(spans, "paceline.steps")
         return f", {count(steps, 'step')}{where}{_of_steps(spans)}" if steps else where
     if name == "queue":
-        causes = _causes(spans, "paceline.queue.waited_for")
+        causes = _causes(spans, "paceline.queue.waited_for") if is_much else ""
         return (f" for {causes}" if causes else "") + (f", {len(spans)} times" if len(spans) > 1 else "")
     if name == "door" and (causes := _causes(spans, "paceline.door.held_for")):
         return f" for {causes}"

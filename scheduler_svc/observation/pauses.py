@@ -10,6 +10,7 @@ from common.words import duration
 
 # Events after which nobody computes a choice, or it has to begin anew; `{executor}` is the one that they name.
 _WORDS = {
+    "restored": "the scheduler was started again",
     "executor cut off": "{executor} was cut off",
     "executor lost": "{executor} was lost",
     "executor did not come back": "{executor} did not come back",
@@ -54,7 +55,8 @@ def _pauses(root: Span, parts: Sequence[Span]) -> list[_Pause]:
         affected = _choices(event.attributes) or tuple(sorted(choices))
         earlier = next((one for one in reversed(pauses) if set(one.choices) & set(affected)), None)
         if earlier is not None and (earlier.end_ns is None or event.at_ns < earlier.end_ns):
-            earlier.more += f" and {words.split(' ', 1)[1] if event.name.startswith('executor') else words}"
+            who, _, became = words.partition(" ")
+            earlier.more += f" and {became if earlier.what.startswith(f'{who} ') else words}"
             continue
         begins = [begin_ns for begin_ns, choice in decodes if choice in affected]
         end_ns = min((begin_ns for begin_ns in begins if begin_ns >= event.at_ns), default=None)
@@ -81,7 +83,11 @@ def _sentence(pauses: Sequence[_Pause], root: Span, has_ended: bool) -> str:
     head = f"{first.what} {at}{first.more}"
     if first.end_ns is None:
         return f"{head}: {'no token came' if has_ended else 'no token has come'} in the {took} since"
-    return f"{head}: a pause of {took}" if first.has_begun else f"{head}: its first token came {took} later"
+    if first.has_begun:
+        return f"{head}: a pause of {took}"
+    # How far it was before a restart of the scheduler is not known any more.
+    is_restored = any(event.name == "restored" for event in root.events)
+    return f"{head}: its {'next' if is_restored else 'first'} token came {took} later"
 
 
 def _choice(facts: Attributes) -> int:

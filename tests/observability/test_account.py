@@ -151,8 +151,12 @@ def test_a_choice_has_no_pause_of_another_choice():
 
 def test_what_was_before_a_restart_of_the_scheduler_is_said_to_be_unknown():
     """`begun after 4.43 s` explains nothing to who does not know that there was a restart."""
-    told = account_of(root(13, event("restored", 4.43)), [span("queue", 4.43, 5), decode(5, 13)])[-1]
+    events = event("restored", 4.43), event("executor did not come back", 4.5, executor__id="e0")
+    _, pause, told = account_of(root(13, *events), [span("queue", 4.43, 5), decode(5, 13)])
 
+    assert pause == (
+        "the scheduler was started again at +4.43 s and e0 did not come back: its next token came 570 ms later"
+    )
     assert told.startswith("4.43 s (34 %) before the scheduler was started again, of which no more is known; queue")
 
 

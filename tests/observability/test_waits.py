@@ -5,8 +5,9 @@ from array import array
 from dataclasses import replace
 
 from scheduler_svc.core.layer_groups import LayerGroup
-from scheduler_svc.core.obstacles import Obstacle
-from scheduler_svc.core.plan import Capacity
+from scheduler_svc.core.obstacles import A_STRONGER_CLAIM, Obstacle
+from scheduler_svc.core.plan import Capacity, Result
+from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.request import Request
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.observation.waits import ITS_EXECUTOR, QueueWatch, Wait
@@ -116,6 +117,32 @@ def test_who_is_too_large_for_all_that_are_there_waits_for_a_larger_one():
     assert scheduler.obstacle is Obstacle.STEP
     assert scheduler.plan("large", 0.0) is not None
     assert scheduler.obstacle is None
+
+
+def ran(scheduler, step_count):
+    """So many steps of the only executor."""
+    for _ in range(step_count):
+        while scheduler.plan("e", 0.0) is not None:
+            pass
+        plan = scheduler.executors["e"].in_flight[0]
+        scheduler.apply("e", Result(plan.step, [65] * len(plan.rows)))
+
+
+def test_who_gives_way_knows_for_what():
+    """A cache that is short and a request that goes first are mended in different places."""
+    short = Scheduler()
+    displaced = Scheduler(make_policy("priority"))
+    for scheduler in (short, displaced):
+        scheduler.join("e", Capacity((LayerGroup(4),), 8, 8, 64))
+        scheduler.add(Request("old", array("I", range(4)), 4, 24))
+    short.add(Request("young", array("I", range(100, 104)), 4, 24))
+    ran(short, 16)
+    ran(displaced, 3)
+    displaced.add(Request("strong", array("I", range(100, 124)), 24, 4, priority=5))
+    ran(displaced, 1)
+
+    assert [(one.request_id, one.gave_way_for) for one in short.preempted] == [("young", Obstacle.BLOCKS.value)]
+    assert [(one.request_id, one.gave_way_for) for one in displaced.preempted] == [("old", A_STRONGER_CLAIM)]
 
 
 def test_a_wait_is_for_what_stood_in_the_way_longest():
