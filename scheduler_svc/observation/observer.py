@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
@@ -25,7 +25,7 @@ from scheduler_svc.observation.refusal_spans import refusal_span
 from scheduler_svc.observation.request_facts import content_of, facts_of, facts_of_call
 from scheduler_svc.observation.request_spans import RequestSpans, phase_spans
 from scheduler_svc.observation.step_meter import StepMeter
-from scheduler_svc.observation.step_spans import step_span
+from scheduler_svc.observation.step_spans import Flight, Part, step_span
 from scheduler_svc.observation.timeline import MOST_CHOICES, MOST_RUNS, Attempt, Run, Summary, Timeline
 from scheduler_svc.observation.tracing import SAMPLED, Tracing
 from scheduler_svc.observation.waits import QueueWatch, Wait
@@ -49,25 +49,6 @@ class Loss(Enum):
     LOST = "executor lost"
     NOT_BACK = "executor did not come back"  # after a cut, or a restart of the scheduler
     CAME_WITHOUT = "executor came back without it"  # likewise
-
-
-class _Part(NamedTuple):
-    """What a step on its way does for one choice."""
-
-    timeline: Timeline
-    attempt: Attempt
-    run: Run
-    samples: bool  # it brings the next token
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step on its way that something is to be noted of."""
-
-    plan: Plan
-    began_at: float
-    trace: TraceContext | None  # where it is to be recorded, whatever it brings
-    parts: list[_Part] = field(default_factory=list)
 
 
 def _harmless(hook: Callable[..., None]) -> Callable[..., None]:
@@ -109,7 +90,7 @@ class Observer:
         self._clock = clock
         self._live: dict[str, Timeline] = {}
         self._ended: deque[Timeline] = deque(maxlen=keep_count)
-        self._flights: dict[str, dict[int, _Flight]] = {}  # by executor and step
+        self._flights: dict[str, dict[int, Flight]] = {}  # by executor and step
         self._steps: dict[str, StepMeter] = {}  # by executor
         self._computed: dict[Request, int] = {}  # tokens that somebody who left an executor had computed there
         self._queue = QueueWatch()
@@ -402,7 +383,7 @@ class Observer:
             return
         for new in plan.new_requests:
             self._begin(new, executor_id, now)
-        flight = _Flight(plan, now, self.tracing.step() if is_on else None)
+        flight = Flight(plan, now, self.tracing.step() if is_on else None)
         for chunk in plan.chunks:
             self._run(chunk, plan.step, now, flight)
         self._flights.setdefault(executor_id, {})[plan.step] = flight
@@ -418,7 +399,7 @@ class Observer:
             timeline.note(now, "placed again", **{"paceline.executor.id": executor_id}, **about)
         timeline.add(Attempt(new.choice, executor_id, now))
 
-    def _run(self, chunk: Chunk, step: int, now: float, flight: _Flight) -> None:
+    def _run(self, chunk: Chunk, step: int, now: float, flight: Flight) -> None:
         request = chunk.request
         if request in self._computed:
             again = min(self._computed[request], chunk.start + chunk.count) - chunk.start
@@ -435,7 +416,7 @@ class Observer:
             run.token_count += chunk.count
             run.chunk_count += 1
             run.ended_at = None
-        flight.parts.append(_Part(timeline, attempt, run, chunk.samples))
+        flight.parts.append(Part(timeline, attempt, run, chunk.samples))
 
     @_harmless
     def on_answered(self, executor_id: str, step: int, now: float) -> None:
@@ -469,7 +450,7 @@ class Observer:
         attempt.decoding_at = now
         attempt.begun_phases, attempt.begun_step_count = steps.total, steps.step_count
 
-    def _record(self, executor_id: str, flight: _Flight, trace: TraceContext, steps: StepMeter, now: float) -> None:
+    def _record(self, executor_id: str, flight: Flight, trace: TraceContext, steps: StepMeter, now: float) -> None:
         """Record a step, linked to the requests in it that are recorded, and these to it."""
         plan, wall_ns = flight.plan, self._wall_ns
         links = []

@@ -1,10 +1,33 @@
-"""The span of a step, which is a trace of its own."""
+"""A step on its way, and its span, which is a trace of its own."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from common.spans import Origin, Span, SpanLink
 from scheduler_svc.core.plan import Plan
 from scheduler_svc.core.request import TraceContext
+from scheduler_svc.observation.timeline import Attempt, Run, Timeline
+
+
+class Part(NamedTuple):
+    """What a step on its way does for one choice."""
+
+    timeline: Timeline
+    attempt: Attempt
+    run: Run
+    samples: bool  # it brings the next token
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on its way that something is to be noted of."""
+
+    plan: Plan
+    began_at: float
+    trace: TraceContext | None  # where it is to be recorded, whatever it brings
+    parts: list[Part] = field(default_factory=list)
 
 
 def step_span(
