@@ -86,7 +86,7 @@ class RunnerInfo:
     vocabulary_size: int
     end_token_ids: tuple[int, ...]
     dtype: str
-    mode: str  # packed, fake
+    mode: str  # native, packed, fake
     layer_groups: tuple[LayerGroup, ...]
     block_count: int  # any of them serves any group
     slot_count: int  # requests at once

@@ -33,7 +33,10 @@ class ExecutorConfig:
     else float32."""
 
     threads: int = 0
-    """CPU threads for the model. 0: all cores that the process may use, but one where a CPU runs the model."""
+    """CPU threads for the model. 0: all cores that the process may use, but one where a CPU runs the model in torch."""
+
+    native: bool = True
+    """Whether a CPU runs steps in C++, built at the first start, where the model and the machine allow it."""
 
     block_size: int = 16
     """Tokens of one cache block, a power of two."""

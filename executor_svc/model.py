@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -15,8 +16,12 @@ from transformers.utils import logging as transformers_logging
 from common.serving_folder import ServingFolder, ServingFolderError
 from executor_svc.attention.backend import AttentionBackend
 from executor_svc.attention.hook import ATTENTION_NAME
+from executor_svc.native.build import NativeUnavailableError
+from executor_svc.native.model import NativeDecoder
 from executor_svc.packed_model import PackedModel, UnpackableError
-from executor_svc.self_test import TEST_LENGTH, check_packed, plain_logits
+from executor_svc.self_test import TEST_LENGTH, PlainLogits, StepModel, check_steps, plain_logits
+
+log = structlog.get_logger()
 
 _T = TypeVar("_T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +36,7 @@ class ModelError(ValueError):
 class LoadedModel:
     """A model that passed its self-test, and what its files say about it."""
 
-    packed: PackedModel
+    steps: StepModel
     model_name: str
     fingerprint: str
     context_length: int
@@ -40,9 +45,16 @@ class LoadedModel:
 
 
 def load_model(
-    path: str, device: torch.device, dtype: torch.dtype, backend: AttentionBackend, max_model_len: int = 0
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    max_model_len: int = 0,
+    native_threads: int = 0,
 ) -> LoadedModel:
-    """Load the serving folder at `path` and prove that packed mode computes what the model computes.
+    """Load the serving folder at `path` and prove that its steps compute what the model computes.
+
+    With `native_threads` they run in C++ where the machine and the model allow it, else in torch.
 
     Raises:
         ModelError: the folder, the model or `max_model_len` is not fit to serve.
@@ -53,9 +65,12 @@ def load_model(
         raise ModelError(str(error)) from error
     config = _load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
-    model = _load_weights(folder.path, dtype).to(device).eval()
+
+    def load() -> Any:
+        return _load_weights(folder.path, dtype).to(device).eval()
+
     return LoadedModel(
-        packed=_packed(model, dtype, backend, context_length),
+        steps=_steps(load, backend, context_length, native_threads),
         model_name=folder.model_name,
         fingerprint=folder.fingerprint,
         context_length=context_length,
@@ -170,22 +185,39 @@ def _unsupported_reason(config: Any) -> str:
     return f"it has layers of type {', '.join(sorted(map(repr, types)))}" if types else ""
 
 
-def _packed(model: Any, dtype: torch.dtype, backend: AttentionBackend, context_length: int) -> PackedModel:
-    """Switch the model to packed mode, and refuse it unless that changes nothing."""
+def _steps(load: Callable[[], Any], backend: AttentionBackend, context_length: int, native_threads: int) -> StepModel:
+    """The model's steps in C++ if they can be had, else in packed mode; refused unless they change nothing."""
+    model = load()
     try:
-        if getattr(model, "_is_stateful", False):
-            raise UnpackableError("it carries a recurrent state")
-        plain = _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size))
-        with _quiet_transformers():
-            model.set_attn_implementation(ATTENTION_NAME)
-        if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
-            raise UnpackableError("it does not use the attention interface of transformers")
-        # A window that no request outgrows counts as none; the test's sequences must not outgrow it either.
-        packed = _trial(lambda: PackedModel(model, backend, max(context_length, TEST_LENGTH)))
-        _trial(lambda: check_packed(packed, plain, dtype))
+        packed, plain = _packed(model, backend, context_length)
+        if native_threads:
+            try:
+                native = NativeDecoder(model, packed.traits, native_threads)
+                check_steps(native, plain, model.dtype)
+            except NativeUnavailableError as error:
+                log.info("the model runs in torch", reason=str(error))
+            except UnpackableError as error:
+                log.warning("the model runs in torch, its steps in C++ compute something else", reason=str(error))
+                packed, plain = _packed(load(), backend, context_length)  # the first one was taken apart
+            else:
+                return native
+        _trial(lambda: check_steps(packed, plain, model.dtype))
     except UnpackableError as error:
         raise ModelError(_refusal(type(model).__name__, str(error))) from error
     return packed
+
+
+def _packed(model: Any, backend: AttentionBackend, context_length: int) -> tuple[PackedModel, PlainLogits]:
+    """Switch the model to packed mode; also what it computed before."""
+    if getattr(model, "_is_stateful", False):
+        raise UnpackableError("it carries a recurrent state")
+    plain = _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size))
+    with _quiet_transformers():
+        model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+        raise UnpackableError("it does not use the attention interface of transformers")
+    # A window that no request outgrows counts as none; the test's sequences must not outgrow it either.
+    return _trial(lambda: PackedModel(model, backend, max(context_length, TEST_LENGTH))), plain
 
 
 def _trial(run: Callable[[], _T]) -> _T:

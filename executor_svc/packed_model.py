@@ -74,7 +74,7 @@ class PackedModel:
         block_tables: Sequence[NDArray[np.int32]],
         pool: PagedPool,
     ) -> StepLayout:
-        """Where each token of a step is and what it sees; the arguments are those of a `StepBatch`."""
+        """Where each token of a step is and what it sees."""
         return StepLayout(
             query_lengths,
             context_lengths,
@@ -86,10 +86,20 @@ class PackedModel:
             device=self.device,
         )
 
-    def logits(
-        self, token_ids: torch.Tensor, layout: StepLayout, pool: PagedPool, row_index: torch.Tensor
+    def step(
+        self,
+        query_lengths: IntArray,
+        context_lengths: IntArray,
+        block_tables: Sequence[NDArray[np.int32]],
+        token_ids: torch.Tensor,
+        pool: PagedPool,
+        row_index: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the step and return the logits of the tokens in `row_index`, `[rows, vocabulary]`."""
+        """Compute a step and return the logits of the tokens in `row_index`, `[rows, vocabulary]`.
+
+        The arguments are those of a `StepBatch`. What is returned may be overwritten by the next step.
+        """
+        layout = self.layout(query_lengths, context_lengths, block_tables, pool)
         step = _PackedStep(self.traits, self._backend, pool, layout)
         with attention_by(step):
             return self._forward(token_ids, layout.position_ids, PagedCache(pool, layout), row_index)

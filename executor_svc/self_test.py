@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from executor_svc.batch import NO_BLOCK, IntArray, LayerGroup
 from executor_svc.kv_cache import PagedPool
+from executor_svc.native.model import NativeDecoder
 from executor_svc.packed_model import PackedModel, UnpackableError
+
+StepModel = PackedModel | NativeDecoder
+"""Whatever runs the steps of a model."""
 
 BlockTables = NDArray[np.int32]  # [rows, blocks]
 
@@ -47,8 +51,8 @@ def plain_logits(model: Any, vocabulary_size: int) -> PlainLogits:
     return PlainLogits(sequences, logits)
 
 
-def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> None:
-    """Raise `UnpackableError` unless packed steps give the plain logits."""
+def check_steps(model: StepModel, plain: PlainLogits, dtype: torch.dtype) -> None:
+    """Raise `UnpackableError` unless the model's steps give the plain logits."""
     geometry = model.traits.geometry(_BLOCK_SIZE)
     tables = _scattered_tables(geometry.groups)
     block_count = sum(table.size for table in tables)
@@ -61,9 +65,8 @@ def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> 
         token_ids = torch.cat([ids[span] for ids, span in zip(plain.token_ids, spans, strict=True)])
         with torch.inference_mode():
             seen = [_seen_entries(*pair, computed) for pair in zip(geometry.groups, tables, strict=True)]
-            layout = model.layout(query_lengths, computed + query_lengths, seen, pool)
             all_rows = torch.arange(len(token_ids), device=model.device)
-            actual = model.logits(token_ids, layout, pool, all_rows).float()
+            actual = model.step(query_lengths, computed + query_lengths, seen, token_ids, pool, all_rows).float()
         for row, span, out in zip(actual.split(counts), spans, plain.logits, strict=True):
             distances[len(row) == 1] += _distances(row, out[span])
         computed += query_lengths
@@ -72,7 +75,7 @@ def check_packed(model: PackedModel, plain: PlainLogits, dtype: torch.dtype) -> 
     worst = max(max(some) if dtype == torch.float32 else median(some) for some in distances.values())
     if not worst <= _TOLERANCE[dtype]:
         raise UnpackableError(
-            f"its logits in packed mode are {worst:.2g} away from those of its plain forward pass "
+            f"the logits of its steps are {worst:.2g} away from those of its plain forward pass "
             f"(accepted in {str(dtype).removeprefix('torch.')}: {_TOLERANCE[dtype]:g})"
         )
 

@@ -12,9 +12,10 @@ from executor_svc.config import ExecutorConfig
 from executor_svc.kv_cache import PagedPool
 from executor_svc.machine import available_memory_bytes, usable_core_count
 from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model
-from executor_svc.packed_model import PackedModel
+from executor_svc.native.model import NativeDecoder
 from executor_svc.pool_geometry import PoolGeometry
 from executor_svc.sampler import NonFiniteLogitsError, sample
+from executor_svc.self_test import StepModel
 
 _CPU_CACHE_LIMIT = 4 << 30
 _TRIAL_DECODE_LENGTH = 1024  # longer rows take a CPU seconds, and no more memory: groups of rows have a limit
@@ -28,16 +29,16 @@ class TorchRunner:
     """Runs steps of one model over one paged cache. Called from one thread only."""
 
     def __init__(self, loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig) -> None:
-        self._model = loaded.packed
+        self._model = loaded.steps
         self._pool = pool
         self.info = RunnerInfo(
             name=loaded.model_name,
             fingerprint=loaded.fingerprint,
             context_length=loaded.context_length,
-            vocabulary_size=loaded.packed.traits.vocabulary_size,
+            vocabulary_size=loaded.steps.traits.vocabulary_size,
             end_token_ids=loaded.end_token_ids,
             dtype=str(loaded.dtype).removeprefix("torch."),
-            mode="packed",
+            mode="native" if isinstance(loaded.steps, NativeDecoder) else "packed",
             layer_groups=pool.geometry.groups,
             block_count=pool.block_count,
             slot_count=config.max_num_seqs,
@@ -56,13 +57,15 @@ class TorchRunner:
         """
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
-        torch.set_num_threads(thread_count(config.threads, device))
+        threads = thread_count(config.threads, device)
+        torch.set_num_threads(threads)
         progress("loading the model", 0.0)
-        loaded = load_model(config.model, device, dtype, TorchAttention(), config.max_model_len)
+        native_threads = (config.threads or usable_core_count()) if device.type == "cpu" and config.native else 0
+        loaded = load_model(config.model, device, dtype, TorchAttention(), config.max_model_len, native_threads)
         progress("measuring memory", 0.7)
         _run_largest_step(loaded, config)
         progress("making the cache", 0.9)
-        traits = loaded.packed.traits
+        traits = loaded.steps.traits
         geometry = traits.geometry(config.block_size)
         pool = PagedPool(geometry, _block_count(loaded, geometry, config), traits.cache_dtype, device)
         progress("ready", 1.0)
@@ -118,13 +121,12 @@ def thread_count(wanted: int, device: torch.device) -> int:
     return max(1, cores - 1) if device.type == "cpu" else cores
 
 
-def _forward(model: PackedModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
+def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
     """Compute the step and return the logits of its sampling rows, `[S, vocabulary]`."""
-    layout = model.layout(batch.query_lengths, batch.context_lengths, batch.block_tables, pool)
     last_token = np.cumsum(batch.query_lengths) - 1
     token_ids = torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(model.device)
     row_index = torch.from_numpy(last_token[batch.sampling.row_index]).to(model.device)
-    return model.logits(token_ids, layout, pool, row_index)
+    return model.step(batch.query_lengths, batch.context_lengths, batch.block_tables, token_ids, pool, row_index)
 
 
 def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
@@ -132,7 +134,7 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
 
     One block stands in for the whole cache: what it holds does not matter, only how much is read.
     """
-    model = loaded.packed
+    model = loaded.steps
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     pool = PagedPool(model.traits.geometry(config.block_size), 1, model.traits.cache_dtype, model.device)
@@ -150,10 +152,9 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
                 np.zeros((len(query_lengths), -(-loaded.context_length // group.block_size)), dtype=np.int32)
                 for group in pool.geometry.groups
             ]
-            layout = model.layout(query_lengths, context_lengths, tables, pool)
             token_ids = torch.zeros(int(query_lengths.sum()), dtype=torch.int64, device=model.device)
             rows = torch.arange(min(slot_count, len(token_ids)), device=model.device)
-            model.logits(token_ids, layout, pool, rows).float().argmax(-1).cpu()
+            model.step(query_lengths, context_lengths, tables, token_ids, pool, rows).float().argmax(-1).cpu()
 
 
 def _split(total: int, limit: int) -> IntArray:
@@ -164,8 +165,8 @@ def _split(total: int, limit: int) -> IntArray:
 
 def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig) -> int:
     """Blocks that fit, at most as many as all slots with full contexts could use."""
-    device = loaded.packed.device
-    block_bytes = geometry.block_elements * loaded.packed.traits.cache_dtype.itemsize
+    device = loaded.steps.device
+    block_bytes = geometry.block_elements * loaded.steps.traits.cache_dtype.itemsize
     budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization)
     usable = config.max_num_seqs * sum(
         _most_blocks(group, loaded.context_length, config.max_num_batched_tokens) for group in geometry.groups

@@ -4,7 +4,8 @@ What is slow (torch, transformers) is imported only when a folder has to be made
 moment.
 """
 
-from executor_svc.prepare.cache import default_cache_home, prepare
+from executor_svc.cache_home import default_cache_home
+from executor_svc.prepare.cache import prepare
 from executor_svc.prepare.default_model import DEFAULT_MODEL
 from executor_svc.prepare.source import Progress
 

@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.serving_folder import MANIFEST_FORMAT, MANIFEST_NAME, ServingFolder, ServingFolderError
+from executor_svc.cache_home import default_cache_home
 from executor_svc.prepare.default_model import DEFAULT_MODEL, DefaultModel
 from executor_svc.prepare.draft import Draft
 from executor_svc.prepare.gguf_file import GgufFile
@@ -52,15 +52,6 @@ def prepare(source: str, *, cache_home: Path | None = None, progress: Progress =
             f"{'free some space there' if error.errno == errno.ENOSPC else 'make it writable'} "
             f"or name another place with PACELINE_CACHE"
         ) from error
-
-
-def default_cache_home() -> Path:
-    """Where prepared models are kept: `$PACELINE_CACHE`, or `paceline` in the user's cache folder."""
-    if own := os.environ.get("PACELINE_CACHE"):
-        return Path(own).expanduser()
-    if user := os.environ.get("XDG_CACHE_HOME"):
-        return Path(user).expanduser() / "paceline"
-    return Path.home() / ".cache" / "paceline"
 
 
 def _find(source: str, path: Path) -> Source:

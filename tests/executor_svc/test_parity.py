@@ -15,6 +15,7 @@ from tests.parity import assert_same_tokens
 from tests.tiny_models import ARCHITECTURES, VOCABULARY_SIZE, WINDOW, build_model, save_serving_folder
 
 PROMPT_LENGTHS = (1, 8, 23, 45)  # the last ones are longer than the models' windows
+NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 AROUND_THE_WINDOW = (WINDOW - 10, WINDOW, WINDOW + 100, 3 * WINDOW)
 OUTPUT_COUNT = 20
 
@@ -54,6 +55,16 @@ def test_gives_the_tokens_of_generate(load_runner, architecture):
     requests = [DrivenRequest(p, OUTPUT_COUNT, first_step=2 * i) for i, p in enumerate(reversed(prompts()))]
 
     assert_parity(build_model(architecture), runner, requests)
+
+
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_gives_the_same_tokens_in_torch_where_it_runs_in_cpp(load_runner, architecture):
+    """Two ways to compute the same steps: a machine without a compiler serves the same text."""
+    in_cpp, in_torch = load_runner(architecture), load_runner(architecture, native=False)
+    requests = [DrivenRequest(p, OUTPUT_COUNT, first_step=2 * i) for i, p in enumerate(reversed(prompts()))]
+
+    assert (in_cpp.info.mode, in_torch.info.mode) == ("native", "packed")
+    assert_parity(build_model(architecture), in_torch, requests)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])

@@ -13,6 +13,7 @@ from executor_svc.batch import NO_BLOCK, LayerGroup
 from executor_svc.config import ExecutorConfig
 from executor_svc.kv_cache import PagedPool
 from executor_svc.model import ModelError, choose_device, choose_dtype, context_length_of
+from executor_svc.native.model import NativeDecoder
 from executor_svc.packed_model import PackedModel, UnpackableError
 from executor_svc.torch_runner import StepError, TorchRunner
 from tests import tiny_models
@@ -34,7 +35,7 @@ def test_tells_what_the_scheduler_needs_to_know(load_runner, serving_folder):
     """The scheduler refuses and places requests by these numbers alone."""
     info = load_runner("llama").info
 
-    assert (info.name, info.mode, info.dtype) == ("llama", "packed", "float32")
+    assert (info.name, info.mode, info.dtype) == ("llama", "native", "float32")
     assert info.fingerprint == json.loads((serving_folder("llama") / "paceline.json").read_text())["fingerprint"]
     assert (info.context_length, info.vocabulary_size) == (512, tiny_models.VOCABULARY_SIZE)
     assert info.end_token_ids == (tiny_models.END_TOKEN_ID,)
@@ -102,15 +103,16 @@ def test_a_row_has_the_same_logits_in_any_batch(load_runner, architecture, monke
 def logits_of(runner: TorchRunner, driven: list[DrivenRequest], monkeypatch) -> list[torch.Tensor]:
     """Logits of the first request in each step that samples it."""
     seen = []
-    original = PackedModel.logits
+    kind = type(runner._model)
+    original = kind.step
 
-    def spy(self, token_ids, layout, pool, row_index):
-        logits = original(self, token_ids, layout, pool, row_index)
+    def spy(self, *arguments):
+        logits = original(self, *arguments)
         seen.append(logits[0].clone())
         return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedModel, "logits", spy)
+        patch.setattr(kind, "step", spy)
         drive(runner, driven, chunk=64)
     return seen[: driven[0].output_count]
 
@@ -243,13 +245,8 @@ def test_refuses_a_model_whose_packed_logits_differ(load_runner, architecture, d
 def test_the_self_test_gives_back_what_slides_out_of_a_short_window(architecture, tmp_path, monkeypatch):
     """A model that looks further back than it says is then refused, not served with other requests' keys."""
     seen = []
-    original = PackedModel.layout
-
-    def spy(self, query_lengths, context_lengths, block_tables, pool):
-        seen.extend(block_tables)
-        return original(self, query_lengths, context_lengths, block_tables, pool)
-
-    monkeypatch.setattr(PackedModel, "layout", spy)
+    for kind in (PackedModel, NativeDecoder):
+        monkeypatch.setattr(kind, "step", spying(kind.step, seen))
     load_folder(tiny_models.save_serving_folder(architecture, tmp_path, sliding_window=4, attention_chunk_size=4))
 
     assert any((table == NO_BLOCK).any() for table in seen)
@@ -260,6 +257,16 @@ REFUSED = {
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 2, "seq_length": 64}, "attention interface"),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}, "cannot be served"),
 }
+
+
+def spying(step, seen):
+    """The same step; its block tables are noted."""
+
+    def spy(self, query_lengths, context_lengths, block_tables, *rest):
+        seen.extend(block_tables)
+        return step(self, query_lengths, context_lengths, block_tables, *rest)
+
+    return spy
 
 
 @pytest.mark.parametrize(("architecture", "settings", "reason"), [(k, *v) for k, v in REFUSED.items()])

@@ -1,0 +1,45 @@
+// What Python hands over: pointers and sizes, in the order of `library.py`.
+#pragma once
+
+#include <cstdint>
+
+namespace paceline {
+
+struct Layer {
+    const float *norm1, *norm2;        // [hidden]
+    const float *query_norm, *key_norm;  // [dim], or null
+    const void *qkv, *out, *gate_up, *down;  // packed
+    const float *qkv_bias, *out_bias;  // [outputs, padded], or null
+    void *keys, *values;               // this layer's part of the pool
+    int64_t key_stride, value_stride;  // tokens from one block to the next
+    int64_t group;                     // which of the step's block tables
+    int64_t block_size;                // tokens of a block in that group
+    int64_t window;                    // 0: all
+};
+
+struct Model {
+    int64_t is_bf16, layer_count, hidden, heads, key_heads, dim, inner, vocabulary;
+    int64_t rotated;  // numbers of a head that positions rotate
+    float epsilon, scaling;
+    const Layer *layers;
+    const float *norm;
+    const void *output;  // packed, of the output layer
+};
+
+struct Step {
+    int64_t token_count, row_count, sampled_count;
+    const int64_t *row_start;      // [rows + 1] into the tokens
+    const int64_t *context;        // [rows] tokens in the cache once the step has run
+    const int32_t *const *tables;  // by group [rows, width]
+    const int64_t *widths;         // by group
+    const float *cosine, *sine;    // [tokens, rotated]
+    float *x;                      // [tokens, hidden] in: embeddings
+    const int64_t *sampled;        // [sampled] tokens whose logits are wanted
+    float *logits;                 // [sampled, padded vocabulary]
+    void *scratch;
+};
+
+// Outputs of a packed matrix, which come in blocks of 32.
+inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+
+}  // namespace paceline

@@ -1,0 +1,118 @@
+"""A transformers model whose steps run in C++; what it takes and gives is what `PackedModel` takes and gives."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from executor_svc.batch import IntArray
+from executor_svc.kv_cache import PagedPool
+from executor_svc.native.build import NativeUnavailableError
+from executor_svc.native.library import NativeLayer, NativeStep, library
+from executor_svc.native.weights import BLOCK, PackedWeights, aligned, check_native
+from executor_svc.packed_model import PackedTraits
+
+
+class NativeDecoder:
+    """Runs packed steps of one model. Called from one thread only."""
+
+    def __init__(self, model: Any, traits: PackedTraits, thread_count: int) -> None:
+        """Take `model` apart, which must not be used any more. Raises `NativeUnavailableError` before it does."""
+        check_native(model)
+        _check_traits(traits)
+        self.traits = traits
+        self.device: torch.device = model.device
+        self._embed = model.get_input_embeddings()
+        self._rotate = model.model.rotary_emb
+        with torch.inference_mode():
+            cosine, _ = self._rotate(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))
+            self._weights = PackedWeights(model, cosine.shape[-1])
+        self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
+        self._scratch = self._logits = torch.empty(0)
+        self._library = library()
+        self._team = self._library.paceline_team(thread_count)
+
+    def __del__(self) -> None:
+        if team := getattr(self, "_team", None):
+            self._library.paceline_team_end(team)
+
+    def step(
+        self,
+        query_lengths: IntArray,
+        context_lengths: IntArray,
+        block_tables: Sequence[NDArray[np.int32]],
+        token_ids: torch.Tensor,
+        pool: PagedPool,
+        row_index: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute a step and return the logits of the tokens in `row_index`, `[rows, vocabulary]` in float32.
+
+        The arguments are those of a `StepBatch`. What is returned is overwritten by the next step.
+        """
+        row_start = np.zeros(len(query_lengths) + 1, dtype=np.int64)
+        np.cumsum(query_lengths, out=row_start[1:])
+        positions = np.arange(row_start[-1]) + np.repeat(context_lengths - row_start[1:], query_lengths)
+        x = self._embed(token_ids).to(torch.float32, copy=True)
+        rotation = self._rotate(x, torch.from_numpy(positions).unsqueeze(0))
+        cosine, sine = (part[0].contiguous() for part in rotation)
+        contexts = np.ascontiguousarray(context_lengths, dtype=np.int64)
+        tables = [np.ascontiguousarray(table, dtype=np.int32) for table in block_tables]
+        table_starts = (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables))
+        widths = np.array([table.shape[1] for table in tables], dtype=np.int64)
+        sampled, logits = row_index.contiguous(), self._logits_of(len(row_index))
+        model = self._weights.model
+        model.layers = ctypes.addressof(self._layers(pool))
+        step = NativeStep(
+            token_count=len(token_ids),
+            row_count=len(contexts),
+            sampled_count=len(sampled),
+            row_start=row_start.ctypes.data,
+            context=contexts.ctypes.data,
+            tables=ctypes.addressof(table_starts),
+            widths=widths.ctypes.data,
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            x=x.data_ptr(),
+            sampled=sampled.data_ptr(),
+            logits=logits.data_ptr(),
+            scratch=self._scratch_for(len(token_ids)),
+        )
+        self._library.paceline_step(self._team, ctypes.byref(model), ctypes.byref(step))
+        return logits[:, : model.vocabulary]
+
+    def _layers(self, pool: PagedPool) -> ctypes.Array[NativeLayer]:
+        """The layers with their parts of the pool."""
+        if self._bound is None or self._bound[0] is not pool:
+            layers = self._weights.bind()
+            for number, layer in enumerate(layers):
+                place = pool.place(number)
+                layer.keys, layer.values = pool.keys(number).data_ptr(), pool.values(number).data_ptr()
+                layer.key_stride, layer.value_stride = place.keys.stride, place.values.stride
+                layer.group, layer.block_size = place.group, pool.geometry.groups[place.group].block_size
+                layer.window = self.traits.visibility[number].window
+            self._bound = pool, layers
+        return self._bound[1]
+
+    def _scratch_for(self, token_count: int) -> int:
+        needed = self._library.paceline_scratch_bytes(ctypes.byref(self._weights.model), token_count)
+        if self._scratch.numel() < needed:
+            self._scratch = aligned(needed)
+        return self._scratch.data_ptr()
+
+    def _logits_of(self, count: int) -> torch.Tensor:
+        width = -(-self._weights.model.vocabulary // BLOCK) * BLOCK
+        if self._logits.numel() < count * width:
+            self._logits = aligned(4 * count * width).view(torch.float32)
+        return self._logits[: count * width].view(count, width)
+
+
+def _check_traits(traits: PackedTraits) -> None:
+    layers = traits.shapes.keys()
+    plain = not traits.gathered and all(traits.sources[layer] == layer for layer in layers)
+    if not plain or any(visibility.chunk for visibility in traits.visibility.values()):
+        raise NativeUnavailableError("its layers share keys, rework them, or see chunks of positions")

@@ -1,0 +1,116 @@
+// Numbers: float32 and bfloat16, sixteen at a time.
+//
+// `vec` is GCC's and Clang's portable vector; on a processor with narrower registers it is several of them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
+#if defined(__AVX512F__)
+#define TILE 12  // rows of a tile: their sums stay in registers
+#else
+#define TILE 3
+#endif
+
+namespace paceline {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline void put(float &to, float value) { to = value; }
+inline void put(bf16 &to, float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    to.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    if (value != value) to.bits = 0x7fc0;
+}
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));  // 16 numbers, wherever they are
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
+
+inline vec &at(float *p) { return *reinterpret_cast<vec *>(p); }
+inline const vec &at(const float *p) { return *reinterpret_cast<const vec *>(p); }
+inline vec all(float value) { return vec{} + value; }
+
+inline vec load(const float *p) { return at(p); }
+inline vec load(const bf16 *p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+    vec out;
+    for (int i = 0; i < 16; i++) out[i] = to_float(p[i]);
+    return out;
+#endif
+}
+inline void store(float *p, vec value) { at(p) = value; }
+inline void store(bf16 *p, vec value) {
+#if HAS_BF16
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+    for (int i = 0; i < 16; i++) put(p[i], value[i]);
+#endif
+}
+inline float sum(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float out = 0;
+    for (int i = 0; i < 16; i++) out += v[i];
+    return out;
+#endif
+}
+inline float largest(vec v) {
+    float out = v[0];
+    for (int i = 1; i < 16; i++) out = std::max(out, v[i]);
+    return out;
+}
+
+// exp to about one unit in the last place of float32: 2^n * p(r), r in [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
+inline vec exponential(vec x) {
+    const vec low = all(-87.0f), high = all(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    vec n = x * 1.44269504088896341f;
+    ivec whole = __builtin_convertvector(n + (n < 0 ? all(-0.5f) : all(0.5f)), ivec);
+    n = __builtin_convertvector(whole, vec);
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec scale = (whole + 127) << 23;
+    return p * (vec)scale;
+}
+
+#if HAS_BF16
+inline __m512i pair_of(const bf16 *p) {
+    int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+}
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
+}  // namespace paceline

@@ -1,0 +1,112 @@
+// Matrix products with packed weights, a tile of rows and a block of 32 outputs at a time.
+#pragma once
+
+#include "numbers.h"
+
+namespace paceline {
+
+enum class Into { STORE, ADD, GATED };  // GATED: a block is 16 gates and their 16 ups, and gives 16 numbers
+
+template <class T> struct Product {
+    const T *x;  // [rows, inputs]
+    const T *weights;
+    const float *bias;
+    int64_t rows, inputs, outputs;  // outputs: a multiple of 32
+    float *to;                      // [rows, outputs]
+    T *gated;                       // [rows, outputs / 2]
+};
+
+inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
+
+template <Into into, class T>
+inline void finish(const Product<T> &p, int64_t row, int64_t block, vec low, vec high) {
+    if (into == Into::GATED) {
+        store(p.gated + row * (p.outputs / 2) + block * 16, silu(low) * high);
+        return;
+    }
+    if (p.bias) {
+        low += at(p.bias + block * 32);
+        high += at(p.bias + block * 32 + 16);
+    }
+    float *to = p.to + row * p.outputs + block * 32;
+    if (into == Into::ADD) {
+        low += at(to);
+        high += at(to + 16);
+    }
+    at(to) = low;
+    at(to + 16) = high;
+}
+
+template <int R, Into into> void tile(const Product<float> &p, int64_t row, int64_t block) {
+    const float *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
+    vec low[R] = {}, high[R] = {};
+    for (int64_t k = 0; k < p.inputs; k++) {
+        vec first = load(w + k * 32), second = load(w + k * 32 + 16);
+        __builtin_prefetch(w + k * 32 + 512);
+        __builtin_prefetch(w + k * 32 + 528);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            vec number = all(x[r * p.inputs + k]);
+            low[r] += number * first;
+            high[r] += number * second;
+        }
+    }
+    for (int r = 0; r < R; r++) finish<into>(p, row + r, block, low[r], high[r]);
+}
+
+#if HAS_BF16
+template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64_t block) {
+    const bf16 *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
+    constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // sums that do not wait for each other
+    __m512 low[R * U], high[R * U];
+    for (int i = 0; i < R * U; i++) low[i] = high[i] = _mm512_setzero_ps();
+    int64_t pairs = p.inputs / 2, k = 0;
+    for (; k + U <= pairs; k += U) {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; u++) {
+            const bf16 *here = w + (k + u) * 64;
+            _mm_prefetch((const char *)(here + 2048), _MM_HINT_T0);
+            _mm_prefetch((const char *)(here + 2080), _MM_HINT_T0);
+            __m512i first = _mm512_loadu_si512(here), second = _mm512_loadu_si512(here + 32);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                __m512i numbers = pair_of(x + r * p.inputs + 2 * (k + u));
+                low[r * U + u] = dot(low[r * U + u], numbers, first);
+                high[r * U + u] = dot(high[r * U + u], numbers, second);
+            }
+        }
+    }
+    for (; k < pairs; k++)
+        for (int r = 0; r < R; r++) {
+            __m512i numbers = pair_of(x + r * p.inputs + 2 * k);
+            low[r * U] = dot(low[r * U], numbers, _mm512_loadu_si512(w + k * 64));
+            high[r * U] = dot(high[r * U], numbers, _mm512_loadu_si512(w + k * 64 + 32));
+        }
+    for (int r = 0; r < R; r++) {
+        for (int u = 1; u < U; u++) {
+            low[r * U] = _mm512_add_ps(low[r * U], low[r * U + u]);
+            high[r * U] = _mm512_add_ps(high[r * U], high[r * U + u]);
+        }
+        finish<into>(p, row + r, block, (vec)low[r * U], (vec)high[r * U]);
+    }
+}
+#endif
+
+template <Into into, class T, int R> struct Tiles {
+    static void rest(const Product<T> &p, int64_t row, int64_t block) {
+        if (p.rows - row == R) tile<R, into>(p, row, block);
+        else Tiles<into, T, R - 1>::rest(p, row, block);
+    }
+};
+template <Into into, class T> struct Tiles<into, T, 0> {
+    static void rest(const Product<T> &, int64_t, int64_t) {}
+};
+
+// One block of 32 outputs, for all rows: its weights stay in the cache meanwhile.
+template <Into into, class T> void multiply(const Product<T> &p, int64_t block) {
+    int64_t row = 0;
+    for (; row + TILE <= p.rows; row += TILE) tile<TILE, into>(p, row, block);
+    Tiles<into, T, TILE - 1>::rest(p, row, block);
+}
+
+}  // namespace paceline

@@ -1,0 +1,200 @@
+// One step of a decoder-only transformer over a paged cache: norm, attention, norm, gated product, in every layer.
+//
+// A step is a program that every thread runs. The work of a phase is dealt out piece by piece, because a core may be
+// lent to somebody else in the middle of it; after each phase the threads wait for each other.
+//
+// Weights are packed once: blocks of 32 outputs, all inputs of a block side by side, so that a step reads them from
+// beginning to end. The residual stream, scores and sums are float32 whatever the type of the weights is.
+
+#include "attention.h"
+#include "model.h"
+#include "numbers.h"
+#include "product.h"
+#include "team.h"
+
+namespace paceline {
+
+template <class T> struct Program {
+    Team &team;
+    const Model &m;
+    const Step &s;
+    std::vector<Piece> pieces;
+    int64_t phase = 0;
+    T *normed, *attended, *queries, *inner;  // [tokens, hidden], [tokens, heads * dim] twice, [tokens, inner]
+    float *qkv;                              // [tokens, padded]
+
+    int64_t qkv_count() const { return padded((m.heads + 2 * m.key_heads) * m.dim); }
+
+    Program(Team &team, const Model &m, const Step &s) : team(team), m(m), s(s) {
+        char *p = static_cast<char *>(s.scratch);
+        auto take = [&](int64_t bytes) { char *here = p; p += (bytes + 63) / 64 * 64; return here; };
+        normed = (T *)take(s.token_count * m.hidden * sizeof(T));
+        attended = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
+        queries = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
+        inner = (T *)take(s.token_count * m.inner * sizeof(T));
+        qkv = (float *)take(s.token_count * qkv_count() * sizeof(float));
+        const int64_t together = std::max<int64_t>(1, QUERIES / (m.heads / m.key_heads));
+        for (int64_t row = 0; row < s.row_count; row++)
+            for (int64_t t = s.row_start[row]; t < s.row_start[row + 1]; t += together)
+                pieces.push_back({row, t, std::min(together, s.row_start[row + 1] - t)});
+    }
+
+    // Deal out the pieces of a phase, `size` at a time; then wait for everybody.
+    template <class F> void deal(int64_t count, int64_t size, F work) {
+        std::atomic<int64_t> &next = team.dealt[phase++];
+        for (int64_t i; (i = next.fetch_add(size, std::memory_order_relaxed)) < count;)
+            for (int64_t j = i; j < std::min(count, i + size); j++) work(j);
+        team.barrier.wait();
+    }
+
+    template <Into into> void product(const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
+                                      int64_t outputs, float *to, T *gated = nullptr) {
+        const Product<T> p{x, static_cast<const T *>(weights), bias, rows, inputs, outputs, to, gated};
+        const int64_t blocks = outputs / 32, size = rows >= 32 ? 1 : std::max<int64_t>(1, blocks / (8 * team.barrier.count));
+        deal(blocks, size, [&](int64_t block) { multiply<into>(p, block); });
+    }
+
+    void norm(const float *x, const float *weight, T *to) const {
+        vec squares = {};
+        for (int64_t i = 0; i < m.hidden; i += 16) squares += at(x + i) * at(x + i);
+        const vec factor = all(1.0f / std::sqrt(sum(squares) / m.hidden + m.epsilon));
+        for (int64_t i = 0; i < m.hidden; i += 16) store(to + i, at(x + i) * factor * at(weight + i));
+    }
+
+    void norms(const float *weight) {
+        deal(s.token_count, 4, [&](int64_t t) { norm(s.x + t * m.hidden, weight, normed + t * m.hidden); });
+    }
+
+    // Norm of a head where the model has one, then its rotation: x * cos + (-second half, first half) * sin.
+    void place(const float *x, const float *weight, int64_t token, float factor, T *to) const {
+        alignas(64) float head[256];
+        std::memcpy(head, x, m.dim * sizeof(float));
+        if (weight) {
+            float squares = 0;
+            for (int64_t i = 0; i < m.dim; i++) squares += head[i] * head[i];
+            const float scale = 1.0f / std::sqrt(squares / m.dim + m.epsilon);
+            for (int64_t i = 0; i < m.dim; i++) head[i] *= scale * weight[i];
+        }
+        const float *cosine = s.cosine + token * m.rotated, *sine = s.sine + token * m.rotated;
+        const int64_t half = m.rotated / 2;
+        for (int64_t i = 0; i < half; i++) {
+            const float a = head[i], b = head[i + half];
+            head[i] = a * cosine[i] - b * sine[i];
+            head[i + half] = b * cosine[i + half] + a * sine[i + half];
+        }
+        for (int64_t i = 0; i < m.dim; i++) put(to[i], head[i] * factor);
+    }
+
+    void write(const Layer &layer, int64_t row, int64_t token) const {
+        const float *x = qkv + token * qkv_count();
+        for (int64_t h = 0; h < m.heads; h++)
+            place(x + h * m.dim, layer.query_norm, token, m.scaling, queries + (token * m.heads + h) * m.dim);
+        const int64_t position = s.context[row] - s.row_start[row + 1] + token;
+        const int64_t block = s.tables[layer.group][row * s.widths[layer.group] + position / layer.block_size];
+        const int64_t offset = position % layer.block_size;
+        T *key = static_cast<T *>(layer.keys) + (block * layer.key_stride + offset) * m.key_heads * m.dim;
+        T *value = static_cast<T *>(layer.values) + (block * layer.value_stride + offset) * m.key_heads * m.dim;
+        for (int64_t h = 0; h < m.key_heads; h++)
+            place(x + (m.heads + h) * m.dim, layer.key_norm, token, 1.0f, key + h * m.dim);
+        const float *v = x + (m.heads + m.key_heads) * m.dim;
+        for (int64_t i = 0; i < m.key_heads * m.dim; i += 16) store(value + i, at(v + i));
+    }
+
+    void run_layer(const Layer &layer) {
+        norms(layer.norm1);
+        product<Into::STORE>(normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
+        deal(pieces.size(), 1, [&](int64_t i) {
+            for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row, pieces[i].first + t);
+        });
+        const Attention<T> attention{m, layer, s, queries, attended};
+        deal(pieces.size() * m.key_heads, 1, [&](int64_t i) { attention.attend(pieces[i / m.key_heads], i % m.key_heads); });
+        product<Into::ADD>(attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, s.x);
+        norms(layer.norm2);
+        product<Into::GATED>(normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr, inner);
+        product<Into::ADD>(inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, s.x);
+    }
+
+    void run() {
+        for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
+        deal(s.sampled_count, 4, [&](int64_t i) { norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden); });
+        product<Into::STORE>(normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary), s.logits);
+    }
+};
+
+void run_program(Team &team) {
+#if HAS_BF16
+    if (team.model->is_bf16) {
+        Program<bf16>(team, *team.model, *team.step).run();
+        return;
+    }
+#endif
+    Program<float>(team, *team.model, *team.step).run();
+}
+
+void serve(Team &team) {
+    for (uint32_t seen = 0;;) {
+        wait_while(team.order, seen);
+        seen = team.order.load(std::memory_order_acquire);
+        if (team.is_over) return;
+        run_program(team);
+        if (team.left.fetch_sub(1, std::memory_order_acq_rel) == 1) team.left.notify_all();
+    }
+}
+
+template <class T> void pack(const T *weights, int64_t outputs, int64_t inputs, T *to) {
+    constexpr int64_t each = 4 / sizeof(T);  // numbers of one output that lie side by side
+    for (int64_t block = 0; block < padded(outputs) / 32; block++)
+        for (int64_t k = 0; k < inputs; k += each)
+            for (int64_t n = block * 32; n < block * 32 + 32; n++)
+                for (int64_t i = 0; i < each; i++) *to++ = n < outputs ? weights[n * inputs + k + i] : T{};
+}
+
+}  // namespace paceline
+
+#define EXPORT __attribute__((visibility("default")))
+
+using namespace paceline;
+
+extern "C" {
+
+// What this build can do: 1 float32, 2 bfloat16.
+EXPORT int64_t paceline_types() { return 1 + 2 * HAS_BF16; }
+
+EXPORT void paceline_pack(int64_t is_bf16, const void *weights, int64_t outputs, int64_t inputs, void *to) {
+    if (is_bf16) pack((const bf16 *)weights, outputs, inputs, (bf16 *)to);
+    else pack((const float *)weights, outputs, inputs, (float *)to);
+}
+
+EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
+    const int64_t item = m->is_bf16 ? 2 : 4, qkv = padded((m->heads + 2 * m->key_heads) * m->dim);
+    return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * qkv) + 5 * 64;
+}
+
+EXPORT Team *paceline_team(int64_t threads) {
+    Team *team = new Team;
+    team->barrier.count = uint32_t(threads);
+    for (int64_t i = 1; i < threads; i++) team->threads.emplace_back([team] { serve(*team); });
+    return team;
+}
+
+EXPORT void paceline_team_end(Team *team) {
+    team->is_over = true;
+    team->order.fetch_add(1, std::memory_order_release);
+    team->order.notify_all();
+    for (auto &thread : team->threads) thread.join();
+    delete team;
+}
+
+EXPORT void paceline_step(Team *team, const Model *model, const Step *step) {
+    const size_t phases = size_t(model->layer_count) * 8 + 2;
+    if (team->dealt.size() != phases) team->dealt = std::vector<std::atomic<int64_t>>(phases);
+    for (auto &next : team->dealt) next.store(0, std::memory_order_relaxed);
+    team->model = model;
+    team->step = step;
+    team->left.store(uint32_t(team->threads.size()), std::memory_order_relaxed);
+    team->order.fetch_add(1, std::memory_order_release);
+    team->order.notify_all();
+    run_program(*team);
+    for (uint32_t left; (left = team->left.load(std::memory_order_acquire)) != 0;) wait_while(team->left, left);
+}
+}

@@ -1,0 +1,144 @@
+"""Taking a transformers model apart for the native step: which models it can run, and their weights, packed."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import nn
+
+from executor_svc.native.build import NativeUnavailableError
+from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
+
+BLOCK = 32  # outputs that are packed together
+_ALIGNMENT = 64
+_LARGEST_DIM = 256
+_MOST_SHARED = 16  # query heads of one key head
+
+# Decoder layers that are: norm, attention, add, norm, gated product, add. The self-test is the judge of the result.
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+
+def check_native(model: Any) -> None:
+    """Raise `NativeUnavailableError` unless the native step has everything that the model needs."""
+    reason = _reason_against(model)
+    if reason:
+        raise NativeUnavailableError(reason)
+    if not _TYPES[model.dtype] & library().paceline_types():
+        raise NativeUnavailableError(f"this processor does not compute in {str(model.dtype).removeprefix('torch.')}")
+
+
+def _reason_against(model: Any) -> str:
+    config = model.config
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    kinds = {type(layer).__name__ for layer in layers or ()}
+    if not layers or not kinds <= set(_LAYERS):
+        return f"its layers ({', '.join(sorted(kinds)) or 'none known'}) are not of a kind that is written in C++"
+    if model.dtype not in _TYPES:
+        return f"its type is {model.dtype}"
+    first = layers[0]
+    dim, shared = first.self_attn.head_dim, first.self_attn.num_key_value_groups
+    unit = 32 if model.dtype == torch.bfloat16 else 16
+    if any(size % unit for size in (dim, config.hidden_size, config.intermediate_size)):
+        return f"its sizes are not multiples of {unit}"
+    if dim > _LARGEST_DIM or shared > _MOST_SHARED:
+        return (
+            f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"
+        )
+    if config.hidden_act != "silu" or any(linear.bias is not None for linear in _unbiased(model)):
+        return "its gated products have a bias, or another activation than silu"
+    return ""
+
+
+def _unbiased(model: Any) -> list[nn.Linear]:
+    mlps = [layer.mlp for layer in model.model.layers]
+    return [model.lm_head, *(linear for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))]
+
+
+class PackedWeights:
+    """A model's weights as the native step reads them; the model's own go as theirs are made.
+
+    What stays of the model is its embedding and its rotation.
+    """
+
+    def __init__(self, model: Any, rotated: int) -> None:
+        """Pack `model`, of which positions rotate `rotated` numbers of a head. It is of no other use afterwards."""
+        self._kept: list[torch.Tensor] = []
+        config, first = model.config, model.model.layers[0]
+        self._is_bf16 = int(model.dtype == torch.bfloat16)
+        output = self._pack(model.lm_head.weight)  # tied to the embedding in many models, so it is not let go
+        self.layers = [self._layer(layer) for layer in model.model.layers]
+        self.model = NativeModel(
+            is_bf16=self._is_bf16,
+            layer_count=len(self.layers),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            dim=first.self_attn.head_dim,
+            inner=config.intermediate_size,
+            vocabulary=model.lm_head.out_features,
+            rotated=rotated,
+            epsilon=config.rms_norm_eps,
+            scaling=first.self_attn.scaling,
+            norm=self._plain(model.model.norm.weight),
+            output=output,
+        )
+        if model.lm_head.weight is not model.get_input_embeddings().weight:
+            _let_go(model.lm_head)
+
+    def _layer(self, layer: Any) -> NativeLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        gates, ups = (linear.weight.unflatten(0, (-1, BLOCK // 2)) for linear in (mlp.gate_proj, mlp.up_proj))
+        packed = NativeLayer(
+            norm1=self._plain(layer.input_layernorm.weight),
+            norm2=self._plain(layer.post_attention_layernorm.weight),
+            query_norm=self._plain(query_norm.weight) if query_norm is not None else None,
+            key_norm=self._plain(key_norm.weight) if key_norm is not None else None,
+            qkv=self._pack(torch.cat([linear.weight for linear in projections])),
+            qkv_bias=self._bias([linear.bias for linear in projections]),
+            out=self._pack(attention.o_proj.weight),
+            out_bias=self._bias([attention.o_proj.bias]),
+            gate_up=self._pack(torch.cat([gates, ups], dim=1).flatten(0, 1)),  # 16 gates, their 16 ups, and so on
+            down=self._pack(mlp.down_proj.weight),
+        )
+        _let_go(*projections, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return packed
+
+    def _plain(self, vector: torch.Tensor) -> int:
+        self._kept.append(vector.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _bias(self, parts: list[torch.Tensor | None]) -> int | None:
+        present = [part for part in parts if part is not None]
+        if not present:
+            return None
+        bias = torch.cat(present).float()
+        return self._plain(nn.functional.pad(bias, (0, -len(bias) % BLOCK)))
+
+    def _pack(self, matrix: torch.Tensor) -> int:
+        plain = matrix.detach().contiguous()
+        outputs, inputs = plain.shape
+        packed = aligned(-(-outputs // BLOCK) * BLOCK * inputs * plain.element_size())
+        library().paceline_pack(self._is_bf16, plain.data_ptr(), outputs, inputs, packed.data_ptr())
+        self._kept.append(packed)
+        return packed.data_ptr()
+
+    def bind(self) -> ctypes.Array[NativeLayer]:
+        """A copy of the layers, for one pool."""
+        return (NativeLayer * len(self.layers))(*self.layers)
+
+
+def aligned(byte_count: int) -> torch.Tensor:
+    """Memory that begins where a line of the processor's cache does."""
+    memory = torch.empty(byte_count + _ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + byte_count]
+
+
+def _let_go(*linears: nn.Linear) -> None:
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)

@@ -1,0 +1,163 @@
+"""Steps in C++: what they need, what happens without it, and that nothing but their speed is new."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from executor_svc.attention.torch_backend import TorchAttention
+from executor_svc.kv_cache import PagedPool
+from executor_svc.model import load_model
+from executor_svc.native import build, library
+from executor_svc.native.build import NativeUnavailableError, library_path
+from executor_svc.native.model import NativeDecoder
+from executor_svc.native.weights import check_native
+from tests.executor_svc.conftest import load_folder
+from tests.executor_svc.step_driver import DrivenRequest, drive
+from tests.tiny_models import build_model, save_serving_folder
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As on a machine where nothing was built yet."""
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    library.library.cache_clear()
+    yield tmp_path / "cache" / "native"
+    library.library.cache_clear()
+
+
+def test_it_is_built_once(fresh, monkeypatch):
+    """The first start pays three seconds, and no other one."""
+    path = library_path()
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("it was built again"))
+
+    assert library_path() == path
+    assert [entry.name for entry in fresh.iterdir()] == [path.name]
+
+
+def test_another_processor_builds_its_own(fresh, monkeypatch):
+    """A folder that several machines share must not hand one's instructions to the other."""
+    path = library_path()
+    monkeypatch.setattr(build, "_processor", lambda: "model name: another")
+
+    assert library_path() != path
+
+
+def compiler(folder, script):
+    """A program that stands in for the compiler."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (None, "there is no C.. compiler .*nowhere.*; install g"),
+        ("echo 'step.cpp:1: error: unknown option' >&2; exit 1", "cannot build it: step.cpp:1: error: unknown option"),
+        ('echo nonsense > "$(echo "$@" | sed \'s/.*-o \\([^ ]*\\).*/\\1/\')"', "cannot be loaded"),
+    ],
+    ids=["none", "fails", "lies"],
+)
+def test_without_a_compiler_the_model_runs_in_torch(fresh, monkeypatch, tmp_path, serving_folder, script, reason):
+    """A small image has none; serving goes on, and whoever wonders about the speed finds the reason."""
+    monkeypatch.setenv("CXX", compiler(tmp_path, script) if script else "/nowhere/c++")
+    with pytest.raises(NativeUnavailableError, match=reason):
+        library.library()
+
+    assert load_folder(serving_folder("llama")).info.mode == "packed"
+
+
+def test_a_cache_that_cannot_be_written_is_no_end(monkeypatch, tmp_path):
+    """Containers often have a root that is only read."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "file"))
+
+    with pytest.raises(NativeUnavailableError, match="cannot be made"):
+        library_path()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        ("gemma2", {}, "Gemma2DecoderLayer"),
+        ("gpt2", {}, "none known"),
+        ("llama", {"mlp_bias": True}, "have a bias"),
+        ("llama", {"hidden_act": "gelu"}, "another activation"),
+        ("llama", {"head_dim": 8}, "not multiples of 16"),
+        ("llama", {"head_dim": 512}, "512 numbers"),
+    ],
+)
+def test_models_that_it_is_not_made_for_run_in_torch(architecture, changes, reason):
+    """Faster and wrong is no choice."""
+    with pytest.raises(NativeUnavailableError, match=reason):
+        check_native(build_model(architecture, **changes))
+
+
+def test_a_step_in_cpp_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
+    """The self-test is the judge: what it refuses is loaded anew and runs in torch."""
+    right = library.NativeModel.__init__
+
+    def wrong(self, **values):
+        right(self, **(values | {"scaling": 3 * values["scaling"]}))
+
+    monkeypatch.setattr(library.NativeModel, "__init__", wrong)
+
+    assert load_folder(save_serving_folder("llama", tmp_path)).info.mode == "packed"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_tokens(load_runner, threads):
+    """How work is shared out must not show in a sum."""
+    requests = [DrivenRequest(list(range(3, 3 + length)), 8) for length in (1, 9, 40)]
+    drive(load_runner("llama", threads=threads), requests, chunk=16)
+    alone = [DrivenRequest(request.prompt_ids, 8) for request in requests]
+    drive(load_runner("llama", threads=1), alone, chunk=16)
+
+    assert [one.output_ids for one in requests] == [one.output_ids for one in alone]
+
+
+def test_a_model_that_is_let_go_ends_its_threads(serving_folder):
+    """Tests and replays load many models in one process."""
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(3):
+        runner = load_folder(serving_folder("llama"), threads=3)
+        assert runner.info.mode == "native"
+        del runner
+
+    assert len(os.listdir("/proc/self/task")) <= before + 2  # those of the last one, where something still holds it
+
+
+def logits_of(loaded, token_ids):
+    """Of all tokens of one prompt."""
+    steps, count = loaded.steps, len(token_ids)
+    pool = PagedPool(steps.traits.geometry(4), count, steps.traits.cache_dtype, torch.device("cpu"))
+    table = np.arange(-(-count // 4), dtype=np.int32)[None]
+    with torch.inference_mode():
+        rows = torch.arange(count)
+        return steps.step(np.array([count]), np.array([count]), [table], token_ids, pool, rows).float().clone()
+
+
+def distance(actual, expected):
+    """By which share of their spread logits are off, in the middle of all tokens."""
+    spread = expected - expected.mean(-1, keepdim=True)
+    return float(((actual - expected).norm(dim=-1) / spread.norm(dim=-1)).median())
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not compute in bfloat16")
+def test_in_bfloat16_it_is_closer_to_float32_than_the_model_itself(tmp_path):
+    """Weights are rounded, sums are not: nothing may get worse than it is in transformers."""
+    folder = str(save_serving_folder("llama", tmp_path, head_dim=32))
+    token_ids = torch.arange(40) * 7919 % 320
+    model = build_model("llama", head_dim=32)
+    with torch.inference_mode():
+        exact = model(token_ids[None]).logits[0]
+        rounded = model.to(torch.bfloat16)(token_ids[None]).logits[0].float()
+    cpu = torch.device("cpu")
+    loaded = load_model(folder, cpu, torch.bfloat16, TorchAttention(), native_threads=1)
+
+    assert isinstance(loaded.steps, NativeDecoder)
+    assert distance(logits_of(loaded, token_ids), exact) < distance(rounded, exact)
