@@ -1,5 +1,6 @@
 """Serving folders and runners of tiny models, made once for all tests of the executor."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 from executor_svc.config import ExecutorConfig
 from executor_svc.torch_runner import TorchRunner
 from tests import parity, tiny_models
+
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here, so steps run in torch")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from executor_svc.native import build, library
 from executor_svc.native.build import NativeUnavailableError, library_path
 from executor_svc.native.model import NativeDecoder
 from executor_svc.native.weights import check_native
-from tests.executor_svc.conftest import load_folder
+from tests.executor_svc.conftest import load_folder, needs_compiler
 from tests.executor_svc.step_driver import DrivenRequest, drive
 from tests.tiny_models import build_model, save_serving_folder
 
@@ -28,6 +28,7 @@ def fresh(monkeypatch, tmp_path):
     library.library.cache_clear()
 
 
+@needs_compiler
 def test_it_is_built_once(fresh, monkeypatch):
     """The first start pays three seconds, and no other one."""
     path = library_path()
@@ -37,6 +38,7 @@ def test_it_is_built_once(fresh, monkeypatch):
     assert [entry.name for entry in fresh.iterdir()] == [path.name]
 
 
+@needs_compiler
 def test_another_processor_builds_its_own(fresh, monkeypatch):
     """A folder that several machines share must not hand one's instructions to the other."""
     path = library_path()
@@ -74,12 +76,14 @@ def test_without_a_compiler_the_model_runs_in_torch(fresh, monkeypatch, tmp_path
 def test_a_cache_that_cannot_be_written_is_no_end(monkeypatch, tmp_path):
     """Containers often have a root that is only read."""
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CXX", compiler(tmp_path, "exit 0"))
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "file"))
 
     with pytest.raises(NativeUnavailableError, match="cannot be made"):
         library_path()
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
@@ -97,6 +101,7 @@ def test_models_that_it_is_not_made_for_run_in_torch(architecture, changes, reas
         check_native(build_model(architecture, **changes))
 
 
+@needs_compiler
 def test_a_step_in_cpp_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
     """The self-test is the judge: what it refuses is loaded anew and runs in torch."""
     right = library.NativeModel.__init__
@@ -120,6 +125,7 @@ def test_any_number_of_threads_gives_the_same_tokens(load_runner, threads):
     assert [one.output_ids for one in requests] == [one.output_ids for one in alone]
 
 
+@needs_compiler
 def test_a_model_that_is_let_go_ends_its_threads(serving_folder):
     """Tests and replays load many models in one process."""
     before = len(os.listdir("/proc/self/task"))
@@ -147,6 +153,7 @@ def distance(actual, expected):
     return float(((actual - expected).norm(dim=-1) / spread.norm(dim=-1)).median())
 
 
+@needs_compiler
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not compute in bfloat16")
 def test_in_bfloat16_it_is_closer_to_float32_than_the_model_itself(tmp_path):
     """Weights are rounded, sums are not: nothing may get worse than it is in transformers."""

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from executor_svc.batch import Runner
-from tests.executor_svc.conftest import load_folder
+from tests.executor_svc.conftest import load_folder, needs_compiler
 from tests.executor_svc.step_driver import Blocks, DrivenRequest, advance, drive
 from tests.parity import assert_same_tokens
 from tests.tiny_models import ARCHITECTURES, VOCABULARY_SIZE, WINDOW, build_model, save_serving_folder
@@ -57,6 +57,7 @@ def test_gives_the_tokens_of_generate(load_runner, architecture):
     assert_parity(build_model(architecture), runner, requests)
 
 
+@needs_compiler
 @pytest.mark.parametrize("architecture", NATIVE)
 def test_gives_the_same_tokens_in_torch_where_it_runs_in_cpp(load_runner, architecture):
     """Two ways to compute the same steps: a machine without a compiler serves the same text."""

@@ -17,7 +17,7 @@ from executor_svc.native.model import NativeDecoder
 from executor_svc.packed_model import PackedModel, UnpackableError
 from executor_svc.torch_runner import StepError, TorchRunner
 from tests import tiny_models
-from tests.executor_svc.conftest import load_folder
+from tests.executor_svc.conftest import HAS_COMPILER, load_folder
 from tests.executor_svc.step_driver import DrivenRequest, drive, step_batch
 from tests.tiny_models import ARCHITECTURES, WINDOW
 
@@ -35,7 +35,7 @@ def test_tells_what_the_scheduler_needs_to_know(load_runner, serving_folder):
     """The scheduler refuses and places requests by these numbers alone."""
     info = load_runner("llama").info
 
-    assert (info.name, info.mode, info.dtype) == ("llama", "native", "float32")
+    assert (info.name, info.mode, info.dtype) == ("llama", "native" if HAS_COMPILER else "packed", "float32")
     assert info.fingerprint == json.loads((serving_folder("llama") / "paceline.json").read_text())["fingerprint"]
     assert (info.context_length, info.vocabulary_size) == (512, tiny_models.VOCABULARY_SIZE)
     assert info.end_token_ids == (tiny_models.END_TOKEN_ID,)
