@@ -168,7 +168,7 @@ class ExecutorModel(_message.Message):
     dtype: _builtins.str
     """Data type of weights and cache, for people: `float32`, `bfloat16`, `float16`."""
     mode: _builtins.str
-    """How the executor runs it, for people: `packed`, `fake`."""
+    """How the executor runs it, for people: `native` (in C++), `packed` (in torch), `fake`."""
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids with which the model ends its answer."""
