@@ -41,8 +41,8 @@ def _reason_against(model: Any) -> str:
     first = layers[0]
     dim, shared = first.self_attn.head_dim, first.self_attn.num_key_value_groups
     unit = 32 if model.dtype == torch.bfloat16 else 16
-    if any(size % unit for size in (dim, config.hidden_size, config.intermediate_size)):
-        return f"its sizes are not multiples of {unit}"
+    if dim % unit or config.intermediate_size % unit or config.hidden_size % BLOCK:
+        return f"its heads or gated products are not multiples of {unit}, or its hidden size not one of {BLOCK}"
     if dim > _LARGEST_DIM or shared > _MOST_SHARED:
         return (
             f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"

@@ -92,6 +92,7 @@ def test_a_cache_that_cannot_be_written_is_no_end(monkeypatch, tmp_path):
         ("llama", {"mlp_bias": True}, "have a bias"),
         ("llama", {"hidden_act": "gelu"}, "another activation"),
         ("llama", {"head_dim": 8}, "not multiples of 16"),
+        ("llama", {"hidden_size": 80, "head_dim": 16}, "hidden size not one of 32"),
         ("llama", {"head_dim": 512}, "512 numbers"),
     ],
 )
