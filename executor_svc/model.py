@@ -190,21 +190,36 @@ def _steps(load: Callable[[], Any], backend: AttentionBackend, context_length: i
     model = load()
     try:
         packed, plain = _packed(model, backend, context_length)
+        is_whole = True
         if native_threads:
             try:
-                native = NativeDecoder(model, packed.traits, native_threads)
-                check_steps(native, plain, model.dtype)
+                return _native(model, packed, plain, native_threads)
             except NativeUnavailableError as error:
                 log.info("the model runs in torch", reason=str(error))
             except UnpackableError as error:
-                log.warning("the model runs in torch, its steps in C++ compute something else", reason=str(error))
-                packed, plain = _packed(load(), backend, context_length)  # the first one was taken apart
-            else:
-                return native
+                log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
+                is_whole = False  # it was taken apart
+        if not is_whole:
+            del model, packed  # memory may not be enough for two
+            model = load()
+            packed, plain = _packed(model, backend, context_length)
         _trial(lambda: check_steps(packed, plain, model.dtype))
     except UnpackableError as error:
         raise ModelError(_refusal(type(model).__name__, str(error))) from error
     return packed
+
+
+def _native(model: Any, packed: PackedModel, plain: PlainLogits, thread_count: int) -> NativeDecoder:
+    """The model's steps in C++, for which it is taken apart, proven by the self-test."""
+    dtype = model.dtype
+    try:
+        native = NativeDecoder(model, packed.traits, thread_count)
+    except NativeUnavailableError:
+        raise
+    except Exception as error:
+        raise UnpackableError(f"it cannot be taken apart: {type(error).__name__}: {error}") from error
+    _trial(lambda: check_steps(native, plain, dtype))
+    return native
 
 
 def _packed(model: Any, backend: AttentionBackend, context_length: int) -> tuple[PackedModel, PlainLogits]:

@@ -144,7 +144,8 @@ template <class T> struct Attention {
         vec most = at(scores);
         for (int64_t i = 16; i < end; i += 16) most = most > at(scores + i) ? most : at(scores + i);
         const float top = std::max(highest, largest(most));
-        if (top == -INFINITY) {  // it sees nothing here
+        if (top == -INFINITY) {
+            if (from < until) weight = NAN;  // it sees keys, and none of them can be scored
             for (int64_t i = 0; i < end; i += 16) at(scores + i) = vec{};
             return;
         }

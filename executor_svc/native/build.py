@@ -28,9 +28,12 @@ class NativeUnavailableError(Exception):
 def library_path() -> Path:
     """The built library, from the cache where it was built before. Raises `NativeUnavailableError`."""
     compiler = _compiler()
-    path = default_cache_home() / "native" / f"step-{_key(compiler)}.so"
-    if not path.exists():
-        _build(compiler, path)
+    try:
+        path = default_cache_home() / "native" / f"step-{_key(compiler)}.so"
+        if not path.exists():
+            _build(compiler, path)
+    except (OSError, RuntimeError) as error:
+        raise NativeUnavailableError(f"the library cannot be kept: {error}; set PACELINE_CACHE") from error
     return path
 
 
@@ -65,15 +68,14 @@ def _processor() -> str:
 
 def _build(compiler: str, path: Path) -> None:
     """Build beside its place and move it there: another process may be doing the same."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NativeUnavailableError(f"'{path.parent}' cannot be made: {error}; set PACELINE_CACHE") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / "step.so"
         command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCES / "step.cpp")]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_S, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT_S, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NativeUnavailableError(f"{compiler} could not be run: {error}") from error
         if done.returncode:

@@ -25,6 +25,10 @@ class NativeDecoder:
         """Take `model` apart, which must not be used any more. Raises `NativeUnavailableError` before it does."""
         check_native(model)
         _check_traits(traits)
+        self._library = library()
+        self._team = self._library.paceline_team(thread_count)
+        if not self._team:
+            raise NativeUnavailableError(f"the system has no room for {thread_count} threads; set fewer threads")
         self.traits = traits
         self.device: torch.device = model.device
         self._embed = model.get_input_embeddings()
@@ -34,8 +38,6 @@ class NativeDecoder:
             self._weights = PackedWeights(model, cosine.shape[-1])
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
-        self._library = library()
-        self._team = self._library.paceline_team(thread_count)
 
     def __del__(self) -> None:
         if team := getattr(self, "_team", None):

@@ -6,6 +6,8 @@
 // Weights are packed once: blocks of 32 outputs, all inputs of a block side by side, so that a step reads them from
 // beginning to end. The residual stream, scores and sums are float32 whatever the type of the weights is.
 
+#include <exception>
+
 #include "attention.h"
 #include "model.h"
 #include "numbers.h"
@@ -170,19 +172,25 @@ EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
     return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * qkv) + 5 * 64;
 }
 
-EXPORT Team *paceline_team(int64_t threads) {
-    Team *team = new Team;
-    team->barrier.count = uint32_t(threads);
-    for (int64_t i = 1; i < threads; i++) team->threads.emplace_back([team] { serve(*team); });
-    return team;
-}
-
 EXPORT void paceline_team_end(Team *team) {
     team->is_over = true;
     team->order.fetch_add(1, std::memory_order_release);
     team->order.notify_all();
     for (auto &thread : team->threads) thread.join();
     delete team;
+}
+
+// Null where the system has no room for so many threads.
+EXPORT Team *paceline_team(int64_t threads) {
+    Team *team = new Team;
+    team->barrier.count = uint32_t(threads);
+    try {
+        for (int64_t i = 1; i < threads; i++) team->threads.emplace_back([team] { serve(*team); });
+    } catch (const std::exception &) {
+        paceline_team_end(team);
+        return nullptr;
+    }
+    return team;
 }
 
 EXPORT void paceline_step(Team *team, const Model *model, const Step *step) {

@@ -43,7 +43,7 @@ struct Barrier {
         uint32_t now = round.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
             arrived.store(0, std::memory_order_relaxed);
-            round.store(now + 1, std::memory_order_release);
+            round.exchange(now + 1);  // not a plain store: who is about to sleep must see it, or be seen
             round.notify_all();
         } else {
             wait_while(round, now);

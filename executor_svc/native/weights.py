@@ -43,6 +43,8 @@ def _reason_against(model: Any) -> str:
     unit = 32 if model.dtype == torch.bfloat16 else 16
     if dim % unit or config.intermediate_size % unit or config.hidden_size % BLOCK:
         return f"its heads or gated products are not multiples of {unit}, or its hidden size not one of {BLOCK}"
+    if any(type(linear) is not nn.Linear or linear.weight.dtype != model.dtype for linear in _linears(model)):
+        return "its matrices are not all plain ones of its type"
     if dim > _LARGEST_DIM or shared > _MOST_SHARED:
         return (
             f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"
@@ -50,6 +52,11 @@ def _reason_against(model: Any) -> str:
     if config.hidden_act != "silu" or any(linear.bias is not None for linear in _unbiased(model)):
         return "its gated products have a bias, or another activation than silu"
     return ""
+
+
+def _linears(model: Any) -> list[nn.Linear]:
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return [*_unbiased(model), *(one for a in attentions for one in (a.q_proj, a.k_proj, a.v_proj, a.o_proj))]
 
 
 def _unbiased(model: Any) -> list[nn.Linear]:

@@ -79,8 +79,16 @@ def test_a_cache_that_cannot_be_written_is_no_end(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler(tmp_path, "exit 0"))
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "file"))
 
-    with pytest.raises(NativeUnavailableError, match="cannot be made"):
+    with pytest.raises(NativeUnavailableError, match="cannot be kept"):
         library_path()
+
+
+@needs_compiler
+def test_too_many_threads_for_the_system_leave_the_model_whole(serving_folder, monkeypatch):
+    """Containers limit them; a process that ends without a word would be the worse answer."""
+    monkeypatch.setattr(library.library(), "paceline_team", lambda _count: None)
+
+    assert load_folder(serving_folder("llama")).info.mode == "packed"
 
 
 @needs_compiler
