@@ -53,10 +53,12 @@ async def outputs_of(system, prompt_list, **options):
     """Send all prompts, in this order, before anything runs; their outputs in the same order."""
     options = {"max_output_tokens": OUTPUT_COUNT, "ignore_eos": True} | options
     calls = []
+    await system.idle()
+    system.gate.clear()
     async with AsyncClient(system.address) as client:
         for prompt in prompt_list:
             calls.append(asyncio.create_task(client.generate(prompt, stream=False, **options)))
-            await until(lambda: system.gate.is_set() or system.scheduler.request_count == len(calls))
+            await until(lambda: system.scheduler.request_count >= len(calls))
         system.gate.set()
         return await asyncio.gather(*calls)
 
