@@ -11,6 +11,8 @@ from executor_svc.attention.layout import StepLayout
 from executor_svc.batch import IntArray
 from executor_svc.pool_geometry import LayerPlace, PoolGeometry, Region
 
+_ALIGNMENT = 64  # a line of the processor's cache: a head's numbers should lie in as few as can be
+
 
 class PagedPool:
     """Keys and values of all layers in blocks, any of which serves any layer group.
@@ -69,8 +71,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    untouched = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(untouched).view(dtype).view(shape)
+    byte_count = math.prod(shape) * dtype.itemsize
+    untouched = np.zeros(byte_count + _ALIGNMENT, dtype=np.uint8)
+    start = -untouched.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(untouched[start : start + byte_count]).view(dtype).view(shape)
 
 
 class PagedCache(Cache):

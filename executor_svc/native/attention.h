@@ -3,15 +3,12 @@
 
 #include "model.h"
 #include "numbers.h"
+#include "team.h"
 
 namespace paceline {
 
-constexpr int64_t QUERIES = 16;  // query heads times tokens that are computed together
-constexpr int64_t KEYS = 64;     // keys at a time, a multiple of 16
-
-struct Piece {
-    int64_t row, first, count;  // tokens [first, first + count) of the step, all of one row
-};
+constexpr int64_t KEYS = 64;            // keys at a time, a multiple of 16
+constexpr int64_t SHORTEST_PART = 256;  // keys of a part: merging costs about as much as some keys
 
 #if defined(__AVX512F__)
 // 16 rows of 16 dwords each become 16 columns.
@@ -42,38 +39,92 @@ inline void transpose(__m512i r[16]) {
 }
 #endif
 
-// Scores of `queries` [count, dim] against 16 keys, `[count][KEYS]` from `scores` on.
 #if defined(__AVX512F__)
 inline vec weigh(vec total, const float *query, __m512i key) { return total + all(*query) * (vec)key; }
 #if HAS_BF16
-inline vec weigh(vec total, const bf16 *query, __m512i key) { return (vec)dot((__m512)total, pair_of(query), key); }
-#endif
+inline vec weigh(vec total, const bf16 *query, __m512i key) { return (vec)dot((__m512)total, key, pair_of(query)); }
 #endif
 
-template <class T>
-inline void score(const T *queries, int64_t count, int64_t dim, const T *const keys[16], float *scores) {
-#if defined(__AVX512F__)
+// Scores of Q queries, of which 16 columns of keys are there: two sums for each, which do not wait for each other.
+template <int Q, class T> inline void weigh_all(const T *queries, int64_t dim, const __m512i columns[16], float *scores) {
     constexpr int64_t each = 4 / sizeof(T);  // numbers in a dword
-    vec totals[QUERIES] = {};
-    for (int64_t d = 0; d < dim; d += 16 * each) {
-        __m512i columns[16];
-        for (int i = 0; i < 16; i++) columns[i] = _mm512_loadu_si512(keys[i] + d);
-        transpose(columns);
-        for (int64_t q = 0; q < count; q++)
+    vec even[Q], odd[Q];
+    for (int q = 0; q < Q; q++) even[q] = at(scores + q * KEYS), odd[q] = vec{};
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
-                totals[q] = weigh(totals[q], queries + q * dim + d + i * each, columns[i]);
+    for (int i = 0; i < 16; i += 2)
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) {
+            even[q] = weigh(even[q], queries + q * dim + i * each, columns[i]);
+            odd[q] = weigh(odd[q], queries + q * dim + (i + 1) * each, columns[i + 1]);
+        }
+    for (int q = 0; q < Q; q++) at(scores + q * KEYS) = even[q] + odd[q];
+}
+#endif
+
+// Scores of queries [count, dim] against 16 keys, `[count][KEYS]` from `scores` on; `next` keys are fetched meanwhile.
+template <class T>
+inline void score(const T *queries, int64_t count, int64_t dim, const T *const keys[16], const T *const next[16],
+                  float *scores) {
+#if defined(__AVX512F__)
+    for (int64_t q = 0; q < count; q++) at(scores + q * KEYS) = vec{};
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) {
+        __m512i columns[16];
+        for (int i = 0; i < 16; i++) {
+            columns[i] = _mm512_loadu_si512(keys[i] + d);
+            __builtin_prefetch(next[i] + d);
+        }
+        transpose(columns);
+        int64_t q = 0;
+        for (; q + 4 <= count; q += 4) weigh_all<4>(queries + q * dim + d, dim, columns, scores + q * KEYS);
+        switch (count - q) {
+            case 3: weigh_all<3>(queries + q * dim + d, dim, columns, scores + q * KEYS); break;
+            case 2: weigh_all<2>(queries + q * dim + d, dim, columns, scores + q * KEYS); break;
+            case 1: weigh_all<1>(queries + q * dim + d, dim, columns, scores + q * KEYS);
+        }
     }
-    for (int64_t q = 0; q < count; q++) at(scores + q * KEYS) = totals[q];
 #else
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 16; i++) {
+        for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(next[i] + d);
         for (int64_t q = 0; q < count; q++) {
             vec total = {};
             for (int64_t d = 0; d < dim; d += 16) total += load(queries + q * dim + d) * load(keys[i] + d);
             scores[q * KEYS + i] = sum(total);
         }
+    }
 #endif
 }
+
+// What one thread does at a time: some key heads of a piece, over one of the parts that its keys are cut into.
+struct Share {
+    int64_t head, heads, part, parts;
+};
+
+// Softmax so far, of the query heads that share a key head: [queries, dim], [queries], [queries].
+struct Sums {
+    float *sums, *weight, *highest;
+
+    static int64_t size(int64_t dim) { return QUERIES * (dim + 2); }
+    Sums(float *memory, int64_t dim) : sums(memory), weight(memory + QUERIES * dim), highest(weight + QUERIES) {}
+
+    void clear(int64_t count, int64_t dim) const {
+        std::memset(sums, 0, count * dim * sizeof(float));
+        for (int64_t i = 0; i < count; i++) weight[i] = 0, highest[i] = -INFINITY;
+    }
+
+    // Take in what was summed up over other keys.
+    void merge(const Sums &other, int64_t count, int64_t dim) const {
+        for (int64_t i = 0; i < count; i++) {
+            if (other.weight[i] == 0) continue;
+            const float top = std::max(highest[i], other.highest[i]);
+            const float here = highest[i] == -INFINITY ? 0.0f : std::exp(highest[i] - top);
+            const float there = std::exp(other.highest[i] - top);
+            weight[i] = weight[i] * here + other.weight[i] * there;
+            for (int64_t d = 0; d < dim; d += 16)
+                at(sums + i * dim + d) = at(sums + i * dim + d) * here + at(other.sums + i * dim + d) * there;
+            highest[i] = top;
+        }
+    }
+};
 
 template <class T> struct Attention {
     const Model &m;
@@ -82,57 +133,86 @@ template <class T> struct Attention {
     const T *queries;  // [tokens, heads, dim], scaled
     T *to;             // the same
 
-    // All query heads that share `key_head`, for the tokens of a piece: softmax goes along with the keys.
-    void attend(const Piece &piece, int64_t key_head) const {
-        const int64_t dim = m.dim, shared = m.heads / m.key_heads, count = piece.count * shared;
-        const int64_t past = s.context[piece.row] - s.row_start[piece.row + 1];  // position of a token: past + its index
-        const int64_t last = past + piece.first + piece.count - 1;
-        const int64_t begin = layer.window ? std::max<int64_t>(0, past + piece.first + 1 - layer.window) : 0;
-        alignas(64) T q[QUERIES * 256];
-        alignas(64) float sums[QUERIES * 256], scores[QUERIES * KEYS], weight[QUERIES], highest[QUERIES];
-        for (int64_t t = 0; t < piece.count; t++)
-            std::memcpy(q + t * shared * dim, queries + ((piece.first + t) * m.heads + key_head * shared) * dim,
-                        shared * dim * sizeof(T));
-        std::memset(sums, 0, count * dim * sizeof(float));
-        for (int64_t i = 0; i < count; i++) weight[i] = 0, highest[i] = -INFINITY;
-        const int32_t *table = s.tables[layer.group] + piece.row * s.widths[layer.group];
-        for (int64_t start = begin; start <= last; start += KEYS) {
-            const int64_t size = std::min(KEYS, last + 1 - start);
-            const T *values[KEYS];
-            gather(table, key_head, start, size, q, count, scores, values);
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t position = past + piece.first + i / shared;
-                const int64_t from = layer.window ? std::max<int64_t>(0, position + 1 - layer.window - start) : 0;
-                const int64_t until = std::min(size, position + 1 - start);
-                take(scores + i * KEYS, size, from, until, sums + i * dim, weight[i], highest[i]);
-            }
-            spread(scores, values, size, count, sums);
-        }
-        for (int64_t i = 0; i < count; i++) {
-            T *out = to + ((piece.first + i / shared) * m.heads + key_head * shared + i % shared) * dim;
-            const vec factor = all(1.0f / weight[i]);
-            for (int64_t d = 0; d < dim; d += 16) store(out + d, at(sums + i * dim + d) * factor);
-        }
-    }
+    struct Keys {
+        int64_t size;
+        const T *keys[KEYS], *values[KEYS];  // those of the first head; what follows the last repeats the first
+    };
 
-    // Scores of keys [start, start + size), and where their values are.
-    void gather(const int32_t *table, int64_t key_head, int64_t start, int64_t size, const T *q, int64_t count,
-                float *scores, const T **values) const {
-        const T *keys[KEYS];
+    // Where the keys and values of the positions [start, end) are, the first `KEYS` of them.
+    void locate(int64_t row, int64_t start, int64_t end, Keys &to) const {
+        to.size = std::max<int64_t>(0, std::min(KEYS, end - start));
+        if (to.size == 0) return;
+        const int32_t *table = s.tables[layer.group] + row * s.widths[layer.group];
         const T *all_keys = static_cast<const T *>(layer.keys), *all_values = static_cast<const T *>(layer.values);
         const int64_t token = m.key_heads * m.dim;  // numbers of all heads
         int64_t index = start / layer.block_size, offset = start % layer.block_size;
-        for (int64_t i = 0; i < size; index++, offset = 0) {
-            const int64_t block = table[index], end = std::min(size, i + layer.block_size - offset);
-            const T *key = all_keys + (block * layer.key_stride + offset) * token + key_head * m.dim;
-            const T *value = all_values + (block * layer.value_stride + offset) * token + key_head * m.dim;
-            for (; i < end; i++, key += token, value += token) {
-                keys[i] = key, values[i] = value;
-                for (int64_t d = 0; d < m.dim; d += 64 / sizeof(T)) __builtin_prefetch(value + d);
+        for (int64_t i = 0; i < to.size; index++, offset = 0) {
+            const int64_t block = table[index], until = std::min(to.size, i + layer.block_size - offset);
+            const T *key = all_keys + (block * layer.key_stride + offset) * token;
+            const T *value = all_values + (block * layer.value_stride + offset) * token;
+            for (; i < until; i++, key += token, value += token) to.keys[i] = key, to.values[i] = value;
+        }
+        for (int64_t i = to.size; i < (to.size + 15) / 16 * 16; i++) to.keys[i] = to.keys[0];
+    }
+
+    void fetch(const Keys &keys, int64_t key_head) const {
+        for (int64_t i = 0; i < keys.size; i++)
+            for (int64_t d = 0; d < m.dim; d += 64 / sizeof(T)) {
+                __builtin_prefetch(keys.keys[i] + key_head * m.dim + d);
+                __builtin_prefetch(keys.values[i] + key_head * m.dim + d);
+            }
+    }
+
+    int64_t shared() const { return m.heads / m.key_heads; }
+    int64_t position(int64_t row, int64_t token) const { return s.context[row] - s.row_start[row + 1] + token; }
+
+    // Sum up a share, each key head's into `sums` of its own. Keys of several heads lie side by side, so they are taken
+    // together, as many as fit into the nearest cache.
+    void attend(const Piece &piece, const Share &share, float *memory) const {
+        const int64_t dim = m.dim, count = piece.count * shared();
+        const int64_t last = position(piece.row, piece.first + piece.count - 1);
+        const int64_t first = layer.window ? std::max<int64_t>(0, position(piece.row, piece.first) + 1 - layer.window) : 0;
+        const int64_t length = ((last - first) / share.parts / KEYS + 1) * KEYS;  // of a part
+        const int64_t begin = first + share.part * length, end = std::min(last + 1, begin + length);
+        for (int64_t h = 0; h < share.heads; h++) Sums(memory + h * Sums::size(dim), dim).clear(count, dim);
+        Keys now, next;
+        locate(piece.row, begin, end, now);
+        for (int64_t h = 0; h < share.heads; h++) fetch(now, share.head + h);
+        for (int64_t start = begin; start < end; start += KEYS, std::swap(now, next)) {
+            locate(piece.row, start + KEYS, end, next);
+            for (int64_t h = 0; h < share.heads; h++) {
+                take_in(piece, share.head + h, start, now, next, Sums(memory + h * Sums::size(dim), dim));
             }
         }
-        for (int64_t i = size; i < (size + 15) / 16 * 16; i++) keys[i] = keys[0];
-        for (int64_t i = 0; i < size; i += 16) score(q, count, m.dim, keys + i, scores + i);
+    }
+
+    // Add one lot of keys, whose first has position `start`, to the sums of a key head.
+    void take_in(const Piece &piece, int64_t key_head, int64_t start, const Keys &keys, const Keys &next, const Sums &sums) const {
+        const int64_t dim = m.dim, count = piece.count * shared();
+        alignas(64) T q[QUERIES * 256];
+        alignas(64) float scores[QUERIES * KEYS];
+        for (int64_t t = 0; t < piece.count; t++)
+            std::memcpy(q + t * shared() * dim, queries + ((piece.first + t) * m.heads + key_head * shared()) * dim,
+                        shared() * dim * sizeof(T));
+        const T *rows[KEYS], *later[KEYS];
+        for (int64_t i = 0; i < (keys.size + 15) / 16 * 16; i++) rows[i] = keys.keys[i] + key_head * dim, later[i] = i < next.size ? next.keys[i] + key_head * dim : rows[i];
+        for (int64_t i = 0; i < keys.size; i += 16) score(q, count, dim, rows + i, later + i, scores + i);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t place = position(piece.row, piece.first + i / shared());
+            const int64_t from = layer.window ? std::max<int64_t>(0, place + 1 - layer.window - start) : 0;
+            const int64_t until = std::min(keys.size, place + 1 - start);
+            take(scores + i * KEYS, keys.size, from, until, sums.sums + i * dim, sums.weight[i], sums.highest[i]);
+        }
+        for (int64_t i = 0; i < keys.size; i++) rows[i] = keys.values[i] + key_head * dim, later[i] = i < next.size ? next.values[i] + key_head * dim : rows[i];
+        spread(scores, rows, later, keys.size, count, sums.sums);
+    }
+
+    void put_out(const Piece &piece, int64_t key_head, const Sums &sums) const {
+        for (int64_t i = 0; i < piece.count * shared(); i++) {
+            T *out = to + ((piece.first + i / shared()) * m.heads + key_head * shared() + i % shared()) * m.dim;
+            const vec factor = all(1.0f / sums.weight[i]);
+            for (int64_t d = 0; d < m.dim; d += 16) store(out + d, at(sums.sums + i * m.dim + d) * factor);
+        }
     }
 
     // Turn the scores of one query into weights: those of keys [from, until) count, of `size` that were scored. What it
@@ -166,27 +246,28 @@ template <class T> struct Attention {
     }
 
     // sums += weights @ values. Values are read once for several queries, 64 numbers of a head at a time.
-    void spread(const float *weights, const T *const *values, int64_t size, int64_t count, float *sums) const {
+    void spread(const float *weights, const T *const *values, const T *const *next, int64_t size, int64_t count, float *sums) const {
         int64_t d = 0;
-        for (; d + 64 <= m.dim; d += 64) spread_over<4>(weights, values, size, count, sums, d);
-        for (; d < m.dim; d += 16) spread_over<1>(weights, values, size, count, sums, d);
+        for (; d + 64 <= m.dim; d += 64) spread_over<4>(weights, values, next, size, count, sums, d);
+        for (; d < m.dim; d += 16) spread_over<1>(weights, values, next, size, count, sums, d);
     }
 
-    template <int W> void spread_over(const float *weights, const T *const *values, int64_t size, int64_t count,
+    template <int W> void spread_over(const float *weights, const T *const *values, const T *const *next, int64_t size, int64_t count,
                                       float *sums, int64_t d) const {
         int64_t i = 0;
-        for (; i + 6 <= count; i += 6) spread_to<6, W>(weights + i * KEYS, values, size, sums + i * m.dim, d);
-        for (; i + 3 <= count; i += 3) spread_to<3, W>(weights + i * KEYS, values, size, sums + i * m.dim, d);
-        for (; i < count; i++) spread_to<1, W>(weights + i * KEYS, values, size, sums + i * m.dim, d);
+        for (; i + 6 <= count; i += 6) spread_to<6, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
+        for (; i + 3 <= count; i += 3) spread_to<3, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
+        for (; i < count; i++) spread_to<1, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
     }
 
     template <int Q, int W>
-    void spread_to(const float *weights, const T *const *values, int64_t size, float *sums, int64_t d) const {
+    void spread_to(const float *weights, const T *const *values, const T *const *next, int64_t size, float *sums, int64_t d) const {
         vec totals[Q][W];
         for (int q = 0; q < Q; q++)
             for (int w = 0; w < W; w++) totals[q][w] = at(sums + q * m.dim + d + 16 * w);
         for (int64_t i = 0; i < size; i++) {
             vec value[W];
+            for (int64_t e = 0; e < 16 * W; e += 64 / sizeof(T)) __builtin_prefetch(next[i] + d + e);
             for (int w = 0; w < W; w++) value[w] = load(values[i] + d + 16 * w);
             for (int q = 0; q < Q; q++)
                 for (int w = 0; w < W; w++) totals[q][w] += all(weights[q * KEYS + i]) * value[w];

@@ -11,6 +11,8 @@ Pointer = ctypes.c_void_p
 Integer = ctypes.c_int64
 
 FLOAT32, BFLOAT16 = 1, 2  # bits of `paceline_types`
+PHASES = ("norms", "q, k, v", "positions and cache", "attention", "attention's output", "gate and up", "down", "logits")
+"""What a step's time is spent on, in the order of `paceline_spent_ns`."""
 
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -60,6 +62,7 @@ def library() -> ctypes.CDLL:
         "paceline_team": (Pointer, [Integer]),
         "paceline_team_end": (None, [Pointer]),
         "paceline_step": (None, [Pointer, Pointer, Pointer]),
+        "paceline_spent_ns": (None, [Pointer, Pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)

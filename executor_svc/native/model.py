@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from executor_svc.batch import IntArray
 from executor_svc.kv_cache import PagedPool
 from executor_svc.native.build import NativeUnavailableError
-from executor_svc.native.library import NativeLayer, NativeStep, library
+from executor_svc.native.library import PHASES, NativeLayer, NativeStep, library
 from executor_svc.native.weights import BLOCK, PackedWeights, aligned, check_native
 from executor_svc.packed_model import PackedTraits
 
@@ -86,6 +86,12 @@ class NativeDecoder:
         )
         self._library.paceline_step(self._team, ctypes.byref(model), ctypes.byref(step))
         return logits[:, : model.vocabulary]
+
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase of all steps since the last call: each phase of a layer summed over the layers."""
+        spent = (ctypes.c_int64 * len(PHASES))()
+        self._library.paceline_spent_ns(self._team, spent)
+        return {name: nanoseconds / 1e9 for name, nanoseconds in zip(PHASES, spent, strict=True)}
 
     def _layers(self, pool: PagedPool) -> ctypes.Array[NativeLayer]:
         """The layers with their parts of the pool."""

@@ -79,9 +79,13 @@ inline float sum(vec v) {
 #endif
 }
 inline float largest(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float out = v[0];
     for (int i = 1; i < 16; i++) out = std::max(out, v[i]);
     return out;
+#endif
 }
 
 // exp to about one unit in the last place of float32: 2^n * p(r), r in [-ln 2 / 2, ln 2 / 2] (Cephes' expf).

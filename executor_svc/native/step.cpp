@@ -20,14 +20,18 @@ template <class T> struct Program {
     Team &team;
     const Model &m;
     const Step &s;
-    std::vector<Piece> pieces;
-    int64_t phase = 0;
+    const bool keeps_time;  // one of the threads does
+    const std::vector<Piece> &pieces;
+    std::vector<float> sums;  // of all key heads of a piece
+    int64_t phase = 0, phase_began;
     T *normed, *attended, *queries, *inner;  // [tokens, hidden], [tokens, heads * dim] twice, [tokens, inner]
     float *qkv;                              // [tokens, padded]
 
     int64_t qkv_count() const { return padded((m.heads + 2 * m.key_heads) * m.dim); }
 
-    Program(Team &team, const Model &m, const Step &s) : team(team), m(m), s(s) {
+    Program(Team &team, bool keeps_time)
+        : team(team), m(*team.model), s(*team.step), keeps_time(keeps_time), pieces(team.pieces),
+          sums(m.key_heads * Sums::size(m.dim)), phase_began(now_ns()) {
         char *p = static_cast<char *>(s.scratch);
         auto take = [&](int64_t bytes) { char *here = p; p += (bytes + 63) / 64 * 64; return here; };
         normed = (T *)take(s.token_count * m.hidden * sizeof(T));
@@ -35,25 +39,26 @@ template <class T> struct Program {
         queries = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
         inner = (T *)take(s.token_count * m.inner * sizeof(T));
         qkv = (float *)take(s.token_count * qkv_count() * sizeof(float));
-        const int64_t together = std::max<int64_t>(1, QUERIES / (m.heads / m.key_heads));
-        for (int64_t row = 0; row < s.row_count; row++)
-            for (int64_t t = s.row_start[row]; t < s.row_start[row + 1]; t += together)
-                pieces.push_back({row, t, std::min(together, s.row_start[row + 1] - t)});
     }
 
     // Deal out the pieces of a phase, `size` at a time; then wait for everybody.
-    template <class F> void deal(int64_t count, int64_t size, F work) {
+    template <class F> void deal(Kind kind, int64_t count, int64_t size, F work) {
         std::atomic<int64_t> &next = team.dealt[phase++];
         for (int64_t i; (i = next.fetch_add(size, std::memory_order_relaxed)) < count;)
             for (int64_t j = i; j < std::min(count, i + size); j++) work(j);
         team.barrier.wait();
+        if (keeps_time) {
+            const int64_t now = now_ns();
+            team.spent_ns[kind] += now - phase_began;
+            phase_began = now;
+        }
     }
 
-    template <Into into> void product(const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
+    template <Into into> void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
                                       int64_t outputs, float *to, T *gated = nullptr) {
         const Product<T> p{x, static_cast<const T *>(weights), bias, rows, inputs, outputs, to, gated};
         const int64_t blocks = outputs / 32, size = rows >= 32 ? 1 : std::max<int64_t>(1, blocks / (8 * team.barrier.count));
-        deal(blocks, size, [&](int64_t block) { multiply<into>(p, block); });
+        deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block); });
     }
 
     void norm(const float *x, const float *weight, T *to) const {
@@ -64,7 +69,7 @@ template <class T> struct Program {
     }
 
     void norms(const float *weight) {
-        deal(s.token_count, 4, [&](int64_t t) { norm(s.x + t * m.hidden, weight, normed + t * m.hidden); });
+        deal(NORM, s.token_count, 4, [&](int64_t t) { norm(s.x + t * m.hidden, weight, normed + t * m.hidden); });
     }
 
     // Norm of a head where the model has one, then its rotation: x * cos + (-second half, first half) * sin.
@@ -102,35 +107,79 @@ template <class T> struct Program {
         for (int64_t i = 0; i < m.key_heads * m.dim; i += 16) store(value + i, at(v + i));
     }
 
+    // Pieces where there are enough for everybody; else their heads apart, and a long context in parts.
+    void attend(const Attention<T> &attention) {
+        const int64_t size = Sums::size(m.dim), parts = team.parts;
+        if (parts == 0) {
+            deal(ATTENTION, pieces.size(), 1, [&](int64_t i) {
+                attention.attend(pieces[i], {0, m.key_heads, 0, 1}, sums.data());
+                for (int64_t h = 0; h < m.key_heads; h++) attention.put_out(pieces[i], h, {sums.data() + h * size, m.dim});
+            });
+            return;
+        }
+        float *partial = team.partial.data();
+        deal(ATTENTION, pieces.size() * m.key_heads * parts, 1, [&](int64_t i) {
+            const Piece &piece = pieces[i / parts / m.key_heads];
+            attention.attend(piece, {i / parts % m.key_heads, 1, i % parts, parts}, partial + i * size);
+            if (parts == 1) attention.put_out(piece, i % m.key_heads, {partial + i * size, m.dim});
+        });
+        if (parts == 1) return;
+        deal(ATTENTION, pieces.size() * m.key_heads, 1, [&](int64_t i) {
+            const Piece &piece = pieces[i / m.key_heads];
+            const Sums whole(partial + i * parts * size, m.dim);
+            for (int64_t part = 1; part < parts; part++)
+                whole.merge({partial + (i * parts + part) * size, m.dim}, piece.count * attention.shared(), m.dim);
+            attention.put_out(piece, i % m.key_heads, whole);
+        });
+    }
+
     void run_layer(const Layer &layer) {
         norms(layer.norm1);
-        product<Into::STORE>(normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
-        deal(pieces.size(), 1, [&](int64_t i) {
+        product<Into::STORE>(QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
+        deal(WRITE, pieces.size(), 1, [&](int64_t i) {
             for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row, pieces[i].first + t);
         });
-        const Attention<T> attention{m, layer, s, queries, attended};
-        deal(pieces.size() * m.key_heads, 1, [&](int64_t i) { attention.attend(pieces[i / m.key_heads], i % m.key_heads); });
-        product<Into::ADD>(attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, s.x);
+        attend({m, layer, s, queries, attended});
+        product<Into::ADD>(OUT, attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, s.x);
         norms(layer.norm2);
-        product<Into::GATED>(normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr, inner);
-        product<Into::ADD>(inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, s.x);
+        product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr, inner);
+        product<Into::ADD>(DOWN, inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, s.x);
     }
 
     void run() {
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
-        deal(s.sampled_count, 4, [&](int64_t i) { norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden); });
-        product<Into::STORE>(normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary), s.logits);
+        deal(NORM, s.sampled_count, 4, [&](int64_t i) { norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden); });
+        product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary), s.logits);
     }
 };
 
-void run_program(Team &team) {
+// Cut the attention of a step into what threads take one by one.
+void cut(Team &team) {
+    const Model &m = *team.model;
+    const Step &s = *team.step;
+    const int64_t together = std::max<int64_t>(1, QUERIES / (m.heads / m.key_heads));
+    int64_t longest = 0;
+    team.pieces.clear();
+    for (int64_t row = 0; row < s.row_count; row++) {
+        longest = std::max(longest, s.context[row]);
+        for (int64_t t = s.row_start[row]; t < s.row_start[row + 1]; t += together)
+            team.pieces.push_back({row, t, std::min(together, s.row_start[row + 1] - t)});
+    }
+    const int64_t pieces = team.pieces.size(), wanted = 4 * team.barrier.count;  // so that nobody waits for long
+    team.parts = 0;
+    if (team.barrier.count == 1 || pieces >= wanted) return;
+    team.parts = std::max<int64_t>(1, std::min(longest / SHORTEST_PART, wanted / (pieces * m.key_heads) + 1));
+    team.partial.resize(pieces * m.key_heads * team.parts * Sums::size(m.dim));
+}
+
+void run_program(Team &team, bool keeps_time) {
 #if HAS_BF16
     if (team.model->is_bf16) {
-        Program<bf16>(team, *team.model, *team.step).run();
+        Program<bf16>(team, keeps_time).run();
         return;
     }
 #endif
-    Program<float>(team, *team.model, *team.step).run();
+    Program<float>(team, keeps_time).run();
 }
 
 void serve(Team &team) {
@@ -138,7 +187,7 @@ void serve(Team &team) {
         wait_while(team.order, seen);
         seen = team.order.load(std::memory_order_acquire);
         if (team.is_over) return;
-        run_program(team);
+        run_program(team, false);
         if (team.left.fetch_sub(1, std::memory_order_acq_rel) == 1) team.left.notify_all();
     }
 }
@@ -194,15 +243,21 @@ EXPORT Team *paceline_team(int64_t threads) {
 }
 
 EXPORT void paceline_step(Team *team, const Model *model, const Step *step) {
-    const size_t phases = size_t(model->layer_count) * 8 + 2;
+    const size_t phases = size_t(model->layer_count) * 9 + 2;
     if (team->dealt.size() != phases) team->dealt = std::vector<std::atomic<int64_t>>(phases);
     for (auto &next : team->dealt) next.store(0, std::memory_order_relaxed);
     team->model = model;
     team->step = step;
+    cut(*team);
     team->left.store(uint32_t(team->threads.size()), std::memory_order_relaxed);
     team->order.fetch_add(1, std::memory_order_release);
     team->order.notify_all();
-    run_program(*team);
+    run_program(*team, true);
     for (uint32_t left; (left = team->left.load(std::memory_order_acquire)) != 0;) wait_while(team->left, left);
+}
+
+// Nanoseconds by kind of phase since the last call.
+EXPORT void paceline_spent_ns(Team *team, int64_t *by_kind) {
+    for (int kind = 0; kind < KINDS; kind++) by_kind[kind] = team->spent_ns[kind], team->spent_ns[kind] = 0;
 }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -54,6 +55,20 @@ struct Barrier {
 struct Model;
 struct Step;
 
+// What the phases of a step are for, in the order of `PHASES` in `library.py`.
+enum Kind { NORM, QKV, WRITE, ATTENTION, OUT, GATE_UP, DOWN, OUTPUT, KINDS };
+
+inline int64_t now_ns() {
+    using namespace std::chrono;
+    return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+constexpr int64_t QUERIES = 16;  // query heads times tokens whose attention is computed together
+
+struct Piece {
+    int64_t row, first, count;  // tokens [first, first + count) of the step, all of one row
+};
+
 // Threads that sleep between steps. The caller of a step is one of them.
 struct Team {
     std::vector<std::thread> threads;
@@ -63,7 +78,11 @@ struct Team {
     bool is_over = false;
     const Model *model = nullptr;
     const Step *step = nullptr;
+    std::vector<Piece> pieces;     // of the step, for its attention
+    int64_t parts = 0;             // that the keys of a piece are cut into; 0: there are pieces enough for everybody
+    std::vector<float> partial;    // what was summed up over each part
     std::vector<std::atomic<int64_t>> dealt;  // by phase: pieces of work given out
+    int64_t spent_ns[KINDS] = {};             // by kind of phase, waiting for each other included, since last asked
 };
 
 }  // namespace paceline
