@@ -16,17 +16,20 @@ import time
 import tracemalloc
 from array import array
 from collections import deque
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from scheduler_svc import wire
 from scheduler_svc.core.layer_groups import LayerGroup
-from scheduler_svc.core.plan import Capacity, Result
+from scheduler_svc.core.plan import Capacity, Plan, Result
 from scheduler_svc.core.request import Request
 from scheduler_svc.core.scheduler import Scheduler
 
 STEP_COUNT = 400
+RUNNING = (16, 64, 256, 1024)
+WAITING = (10, 1_000, 100_000)
 FULL = (LayerGroup(16),)
 HYBRID = (LayerGroup(96), LayerGroup(16, window=512))
 
@@ -44,19 +47,26 @@ def decoding_scheduler(running_count: int, waiting_count: int, groups: tuple[Lay
     for number in range(running_count + waiting_count):
         scheduler.add(request(number, draw))
     while len(scheduler.executors["e"].running) < running_count or scheduler.executors["e"].catching_up:
-        plan = scheduler.plan("e", 0.0)
+        plan = must_plan(scheduler)
         scheduler.apply("e", Result(plan.step, [7] * len(plan.rows)))
     return scheduler
+
+
+def must_plan(scheduler: Scheduler) -> Plan:
+    """The next plan where there is work."""
+    plan = scheduler.plan("e", 0.0)
+    assert plan is not None, "every request has tokens left"
+    return plan
 
 
 def measure(running_count: int, waiting_count: int, groups: tuple[LayerGroup, ...]) -> list[list[float]]:
     """Microseconds of every step's plan, encoding and apply."""
     scheduler = decoding_scheduler(running_count, waiting_count, groups)
-    plans = deque([scheduler.plan("e", 0.0)])
+    plans = deque([must_plan(scheduler)])
     times: list[list[float]] = [[], [], []]
     for number in range(STEP_COUNT):
         started = time.perf_counter()
-        plan = scheduler.plan("e", 0.0)
+        plan = must_plan(scheduler)
         planned = time.perf_counter()
         wire.encode_plan(plan).SerializeToString()
         encoded = time.perf_counter()
@@ -71,12 +81,12 @@ def measure(running_count: int, waiting_count: int, groups: tuple[LayerGroup, ..
     return times
 
 
-def steady(arguments: argparse.Namespace) -> Table:
+def steady(running_counts: Sequence[int], waiting_counts: Sequence[int], hybrid: bool = False) -> Table:
     """Plan and apply for each load."""
     table = Table("running", "waiting", "plan µs", "apply µs", "plan + apply µs", "p99 µs", "encode µs")
-    groups = HYBRID if arguments.hybrid else FULL
-    for running in arguments.running:
-        for waiting in arguments.waiting:
+    groups = HYBRID if hybrid else FULL
+    for running in running_counts:
+        for waiting in waiting_counts:
             plan, encode, apply = measure(running, waiting, groups)
             both = sorted(map(sum, zip(plan, apply, strict=True)))
             medians = [statistics.median(column) for column in (plan, apply, both)]
@@ -148,13 +158,16 @@ def memory(request_count: int = 10_000, prompt_count: int = 100) -> Table:
 def main() -> None:
     """Print the table that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--running", type=int, nargs="*", default=[16, 64, 256, 1024])
-    parser.add_argument("--waiting", type=int, nargs="*", default=[10, 1_000, 100_000])
+    parser.add_argument("--running", type=int, nargs="*", default=RUNNING)
+    parser.add_argument("--waiting", type=int, nargs="*", default=WAITING)
     parser.add_argument("--hybrid", action="store_true")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
-    table = growth() if arguments.growth else memory() if arguments.memory else steady(arguments)
+    if arguments.growth or arguments.memory:
+        table = growth() if arguments.growth else memory()
+    else:
+        table = steady(arguments.running, arguments.waiting, arguments.hybrid)
     Console().print(table)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from split import Side, load, read_arguments, serve_if_asked
 
+from benchmarks.split import Side, load, read_arguments, serve_if_asked
 from executor_svc.config import ExecutorConfig
 
 

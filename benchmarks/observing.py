@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.table import Table
-from split import Side, load, serve_if_asked
 
+from benchmarks.split import Side, load, serve_if_asked
 from common.logs import configure_logs
 from common.spans import Origin
 from executor_svc.config import ExecutorConfig

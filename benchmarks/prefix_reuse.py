@@ -19,8 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from split import Side
 
+from benchmarks.split import Side
 from executor_svc.config import ExecutorConfig
 from paceline import AsyncClient
 from scheduler_svc.core.layer_groups import LayerGroup

@@ -3,6 +3,7 @@
 import argparse
 import statistics
 from array import array
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from scheduler_svc.core.plan import Capacity
 from scheduler_svc.core.request import Request
 from scheduler_svc.core.scheduler import Scheduler
 
+RUNNING = (16, 64, 256)
 WARM_UP, STEP_COUNT = 16, 128  # the first steps read the prompts
 EPOCH, INCARNATION = 1_795_000_000_000, 2**63
 
@@ -42,6 +44,7 @@ def measure(running_count: int, block_size: int) -> tuple[list[int], list[int]]:
     down, up = [], []
     for _ in range(WARM_UP + STEP_COUNT):
         plan = scheduler.plan("e", 0.0)
+        assert plan is not None, "every request has tokens left"
         request = pb.SchedulerMessage(epoch=EPOCH, incarnation=INCARNATION, plan=wire.encode_plan(plan))
         result = executor.execute(request.plan)
         down.append(request.ByteSize())
@@ -53,16 +56,20 @@ def measure(running_count: int, block_size: int) -> tuple[list[int], list[int]]:
 def main() -> None:
     """Print one row for each load."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--running", type=int, nargs="*", default=[16, 64, 256])
-    arguments = parser.parse_args()
+    parser.add_argument("--running", type=int, nargs="*", default=RUNNING)
+    Console().print(bytes_table(parser.parse_args().running))
+
+
+def bytes_table(running_counts: Sequence[int]) -> Table:
+    """A row for each load and block size."""
     table = Table("running", "block size", "down, bytes", "up, bytes", "both, bytes", "largest step, bytes")
-    for running in arguments.running:
+    for running in running_counts:
         for block_size in (16, 256):
             down, up = measure(running, block_size)
             both = [a + b for a, b in zip(down, up, strict=True)]
             figures = (statistics.mean(down), statistics.mean(up), statistics.mean(both), max(both))
             table.add_row(str(running), str(block_size), *(f"{figure:,.0f}" for figure in figures))
-    Console().print(table)
+    return table
 
 
 if __name__ == "__main__":

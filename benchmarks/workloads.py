@@ -33,6 +33,11 @@ class Workload:
         """Tokens that all requests generate."""
         return sum(job.output_count for job in self.jobs)
 
+    def within(self, vocabulary_size: int) -> "Workload":
+        """The same with token ids below this, for models with a small vocabulary."""
+        jobs = [Job([token % vocabulary_size for token in j.prompt], j.output_count, j.arrival_s) for j in self.jobs]
+        return Workload(self.name, self.about, jobs)
+
 
 def w1(draw: random.Random) -> list[Job]:
     """64 requests at once, prompts log-uniform 16..512, outputs uniform 16..128."""
@@ -62,13 +67,16 @@ def workload(name: str, seed: int = 0) -> Workload:
 
 
 def poisson(requests_per_s: float, seed: int = 0) -> Workload:
-    """W3: the requests of W1, coming at random at this rate; usually 70 % of what a server gets through W1 at."""
+    """W3: requests as long as those of W1, coming at random at this rate; usually 70 % of what W1 goes at.
+
+    They have prompts of their own: those of W1 may be in a cache.
+    """
     draw = random.Random(f"W3 {seed}")
     arrival_s, jobs = 0.0, []
     for job in workload("W1", seed).jobs:
-        jobs.append(Job(job.prompt, job.output_count, arrival_s))
+        jobs.append(Job(_tokens(draw, len(job.prompt)), job.output_count, arrival_s))
         arrival_s += draw.expovariate(requests_per_s)
-    return Workload("W3", f"the requests of W1, {requests_per_s:.1f} a second (Poisson)", jobs)
+    return Workload("W3", f"as long as W1, {requests_per_s:.1f} a second (Poisson)", jobs)
 
 
 def _tokens(draw: random.Random, count: int) -> list[int]:

@@ -39,3 +39,12 @@ def process_age_s() -> float:
     import psutil
 
     return max(0.0, time.time() - psutil.Process().create_time())
+
+
+def calm_openmp() -> None:
+    """Let OpenMP's threads sleep at barriers instead of spinning; torch reads these when it is imported.
+
+    Spinning threads that share their cores with a scheduler, a client or another executor slow a decode step tenfold.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-_OUR_PACKAGES = frozenset({"autoscaler_svc", "common", "executor_svc", "scheduler_svc"})
+_OUR_PACKAGES = frozenset({"autoscaler_svc", "benchmarks", "common", "executor_svc", "scheduler_svc"})
 _REFUSALS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS", "FAILED_PRECONDITION"})
 
 

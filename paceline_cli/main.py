@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from paceline_cli.autoscaler import app as autoscaler
+from paceline_cli.bench import app as bench
 from paceline_cli.chat import chat
 from paceline_cli.errors import ExitCode, command_error
 from paceline_cli.fleet import app as fleet
@@ -109,6 +110,7 @@ app.command(rich_help_panel="Operate")(top)
 app.command(rich_help_panel="Operate")(trace)
 app.command(rich_help_panel="Operate")(health)
 app.command(rich_help_panel="Operate")(replay)
+app.add_typer(bench, name="bench", rich_help_panel="Measure")
 
 
 def run() -> None:

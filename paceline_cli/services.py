@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -52,8 +51,10 @@ def executor(
         --listen 0.0.0.0:50061 --advertise 10.0.0.7:50061
     """
     _check_folder(model)
+    from executor_svc.machine import calm_openmp
+
     config = ExecutorConfig(model=model, **settings)
-    _calm_openmp()
+    calm_openmp()
     begin("executor", log_level, exit_with_parent)
     from executor_svc.main import serve
 
@@ -143,12 +144,3 @@ def _check_folder(model: str) -> None:
     except ServingFolderError as error:
         message, _, remedy = str(error).rpartition("; ")
         raise CommandError(message, remedy, exit_code=ExitCode.USAGE) from error
-
-
-def _calm_openmp() -> None:
-    """Let OpenMP's threads sleep at barriers instead of spinning; torch reads these when it is imported.
-
-    Spinning threads that share their cores with a scheduler, a client or another executor slow a decode step tenfold.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -24,7 +24,7 @@ from paceline_cli.sizes import format_size, parse_size
 from scheduler_svc.config import SchedulerConfig, trace_receiver
 from tests.paceline_cli.conftest import REPOSITORY
 
-VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "health", "fleet", "replay")
+VERBS = ("serve", "scheduler", "executor", "prepare", "generate", "chat", "health", "fleet", "replay", "bench")
 
 
 def paceline(*words: str, **more: Any) -> Any:

@@ -1,0 +1,281 @@
+"""`paceline bench`: what this machine gives, and where the time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paceline_cli import terminal
+from paceline_cli.errors import CommandError, ExitCode
+from paceline_cli.flags import flag, model_argument
+
+if TYPE_CHECKING:
+    from benchmarks.wanted import Report, Side, Work
+
+_PAINT_PER_S = 2  # pictures of the line that moves: painting takes time from what is measured
+
+Model = Annotated[str, model_argument("Folder, GGUF file or hub id of a model; 'fake' needs none.", metavar="MODEL")]
+Dtype = Annotated[str, flag("--dtype", "float32, bfloat16 or float16; auto suits the device.", metavar="TYPE")]
+Threads = Annotated[int, flag("--threads", "CPU threads of the executor; 0 lets it choose.", metavar="N", min=0)]
+Native = Annotated[bool, flag("--native/--no-native", "On a CPU: steps in C++ where possible, else in torch.")]
+Against = Annotated[
+    str, flag("--against", "'torch': steps in C++ and in torch by turns, and their ratio.", envvar=None, metavar="WHAT")
+]
+Workloads = Annotated[
+    list[str], flag("--workload", "W1, W2, W3, W4; several with commas or again.", "-w", envvar=None, metavar="NAMES")
+]
+Turns = Annotated[
+    int, flag("--turns", "Fresh starts; the table has medians.", envvar=None, metavar="N", min=1, max=100)
+]
+Seed = Annotated[int, flag("--seed", "Same seed, same prompts, lengths and arrivals.", envvar=None, metavar="N")]
+Running = Annotated[
+    list[int], flag("--running", "Requests that run; give it again for more.", envvar=None, metavar="N", min=1)
+]
+Json = Annotated[Path | None, flag("--json", "Write every run, the machine and the versions there.", envvar=None,
+                                   metavar="FILE", dir_okay=False)]  # fmt: skip
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine: seeded workloads, and where a step's time goes.
+
+    W1: 64 requests at once, prompts of 16 to 512 tokens, outputs of 16 to 128.
+
+    W2: 64 requests at once that share 512 tokens, have 32 of their own, and generate 32.
+
+    W3: requests like those of W1, at random moments, at 70 % of the rate that W1 went at.
+
+    W4: one stream, 128 tokens in, 128 out.
+
+    [dim]$[/] paceline bench serve
+    [dim]$[/] paceline bench offline --workload W1 --turns 5 --json figures.json
+    """
+
+
+@app.command("serve")
+def bench_serve(
+    model: Model = "smollm2",
+    workload: Workloads = ["W1", "W2", "W3", "W4"],  # noqa: B006  typer copies it
+    rate: Annotated[
+        float | None,
+        flag("--rate", "Requests a second of W3, instead of 70 % of W1's.", envvar=None, metavar="RATE", min=0.01),
+    ] = None,
+    server: Annotated[
+        str,
+        flag(
+            "--server",
+            "Measure the one that runs there; starts none.",
+            "-s",
+            "--address",
+            envvar=None,
+            metavar="ADDRESS",
+        ),
+    ] = "",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    native: Native = True,
+    against: Against = "",
+    turns: Turns = 3,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Start the whole system, ask it as users do, and measure what they see.
+
+    First token and between tokens are what a reader waits; memory is the most that a process has had, the start ends
+    when an executor is there.
+
+    [dim]$[/] paceline bench serve
+    [dim]$[/] paceline bench serve --against torch --workload W1,W4     [dim]# is C++ faster here, and how much?[/]
+    [dim]$[/] paceline bench serve --server 10.0.0.5:50051 --turns 1
+    """
+    work = _work(workload, seed, rate)
+    if server and against:
+        raise _wrong("--against starts two kinds of executors, --server starts none", "leave one of them out")
+    sides = _sides(model, dtype, threads, native, against)
+    from benchmarks.serving import measure
+
+    _measure(f"serve {server or model}", sides, work, turns, json, partial(measure, address=server))
+
+
+@app.command("offline")
+def bench_offline(
+    model: Model = "smollm2",
+    workload: Workloads = ["W1", "W2", "W4"],  # noqa: B006
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    native: Native = True,
+    against: Against = "",
+    turns: Turns = 3,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Measure the scheduler's core and an executor in one process, all prompts at once: no gRPC, no streams, no text.
+
+    [dim]$[/] paceline bench offline
+    [dim]$[/] paceline bench offline ./my-model --threads 2 --dtype float32 --workload W2
+    """
+    if "W3" in (work := _work(workload, seed, None)).names:
+        raise _wrong("W3 comes over time, and offline all prompts are there at once", "paceline bench serve -w W3")
+    sides = _sides(_folder(model), dtype, threads, native, against)
+    from benchmarks.offline import measure
+
+    _measure(f"offline {model}", sides, work, turns, json, measure)
+
+
+@app.command("core")
+def bench_core(
+    running: Running = [16, 64, 256, 1024],  # noqa: B006
+    waiting: Annotated[
+        list[int], flag("--waiting", "Requests that wait; give it again for more.", envvar=None, metavar="N", min=0)
+    ] = [10, 1_000, 100_000],  # noqa: B006
+    hybrid: Annotated[
+        bool, flag("--hybrid", "A model with a second group of layers, with a window.", envvar=None)
+    ] = False,
+    growth: Annotated[
+        bool, flag("--growth", "Instead: ten times the queue, ten times the executors.", envvar=None)
+    ] = False,
+    memory: Annotated[bool, flag("--memory", "Instead: bytes of a waiting request.", envvar=None)] = False,
+) -> None:
+    """Measure the scheduler alone: how long it takes to plan a step and to take in its result.
+
+    [dim]$[/] paceline bench core --running 256 --waiting 1000
+    [dim]$[/] paceline bench core --growth
+    """
+    if growth and memory:
+        raise _wrong("--growth and --memory are two measurements", "make one after the other")
+    from benchmarks import core_step
+
+    with _moving_line() as report:
+        report("planning")
+        if growth or memory:
+            table = core_step.growth() if growth else core_step.memory()
+        else:
+            table = core_step.steady(running, waiting, hybrid)
+    terminal.stdout().print(table)
+
+
+@app.command("wire")
+def bench_wire(running: Running = [16, 64, 256]) -> None:  # noqa: B006
+    """Count the bytes of a step on the stream between scheduler and executor, by the real messages.
+
+    [dim]$[/] paceline bench wire
+    """
+    from benchmarks.wire_bytes import bytes_table
+
+    with _moving_line() as report:
+        report("counting")
+        table = bytes_table(running)
+    terminal.stdout().print(table)
+
+
+# --- what is wanted -------------------------------------------------------------------------------------------------
+
+
+def _work(names: list[str], seed: int, rate: float | None) -> Work:
+    from benchmarks.wanted import Work
+    from benchmarks.workloads import NAMES
+
+    wanted = [name.strip().upper() for part in names for name in part.split(",") if name.strip()]
+    for name in wanted:
+        if name not in NAMES:
+            raise _wrong(f"there is no workload {name!r}", f"choose of {', '.join(NAMES)}")
+    if not wanted:
+        raise _wrong("--workload names none", f"choose of {', '.join(NAMES)}")
+    return Work(tuple(wanted), seed, rate)
+
+
+def _sides(model: str, dtype: str, threads: int, native: bool, against: str) -> list[Side]:
+    """How the model is served: once, or in both ways that are to be compared."""
+    from benchmarks.wanted import Side
+
+    if against not in ("", "torch"):
+        raise _wrong(f"--against compares with 'torch', got {against!r}", "paceline bench serve --against torch")
+    if against and not native:
+        raise _wrong("--against torch compares steps in C++ with it, and --no-native asks for none", "leave one out")
+    sides = [Side(model, dtype, threads, native)]
+    return [*sides, Side(model, dtype, threads, native=False)] if against else sides
+
+
+def _folder(model: str) -> str:
+    """The serving folder of what the user named."""
+    if model == "fake":
+        return model
+    with terminal.activity(terminal.stderr(), f"Preparing {model}") as report:
+        from executor_svc.prepare import prepare
+
+        return str(prepare(model, progress=report).path)
+
+
+def _wrong(message: str, what_to_do: str) -> CommandError:
+    return CommandError(message, what_to_do, exit_code=ExitCode.USAGE)
+
+
+# --- measuring and showing ------------------------------------------------------------------------------------------
+
+
+def _measure(
+    title: str,
+    sides: list[Side],
+    work: Work,
+    turns: int,
+    json: Path | None,
+    measure: Callable[[Side, Work, int, Report], Iterator[dict[str, Any]]],
+) -> None:
+    """Measure all sides in turns, show the table, and write every run. What was measured before an error is shown."""
+    from benchmarks.setting import setting
+    from benchmarks.tables import results_table, write_json
+
+    where = setting()  # before anything runs
+    runs: list[dict[str, Any]] = []
+    try:
+        with _moving_line() as report:
+            for turn in range(turns):
+                for side in sides if turn % 2 == 0 else sides[::-1]:  # neither is always the first
+                    runs += measure(side, work, turn, partial(_report_turn, report, turn, turns))
+    finally:
+        if runs:
+            _show(results_table(_by_side(runs, sides), title), where)
+            if json:
+                write_json(json, {"setting": where, "runs": runs})
+
+
+def _report_turn(report: Report, turn: int, turns: int, doing: str) -> None:
+    report(f"turn {turn + 1} of {turns} · {doing}" if turns > 1 else doing)
+
+
+def _by_side(runs: list[dict[str, Any]], sides: list[Side]) -> list[dict[str, Any]]:
+    """Turns begin with either side, the table always with the first: what is compared with comes second."""
+    return sorted(runs, key=lambda run: (run["workload"], run["runner"] == "packed" and len(sides) > 1))
+
+
+def _show(table: Any, where: dict[str, Any]) -> None:
+    from benchmarks.setting import in_words
+
+    console = terminal.stdout()
+    console.width = max(console.width, 132)  # a cell that is cut loses more than a line that wraps
+    console.print(table)
+    console.print(in_words(where), style="dim", markup=False)
+
+
+@contextmanager
+def _moving_line() -> Iterator[Report]:
+    """A line on the terminal that says what runs; nothing where nobody looks."""
+    console = terminal.stderr()
+    if not console.is_terminal:
+        yield lambda _doing: None
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(style=terminal.ACCENT), TextColumn("{task.description}", markup=False))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, refresh_per_second=_PAINT_PER_S
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda doing: progress.update(task, description=doing)
