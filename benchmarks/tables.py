@@ -56,9 +56,14 @@ def _in_words(server: tuple[Any, ...], servers: Sequence[tuple[Any, ...]]) -> st
     """How it runs, and before that what is not the same for all in the table."""
     *names, dtype, runner, threads = server
     parts = [name for number, name in enumerate(names) if len({other[number] for other in servers}) > 1]
-    parts.append({"native": "C++", "packed": "torch"}.get(runner, runner))
-    parts.append({"bfloat16": "bf16", "float32": "fp32", "none": ""}.get(dtype, dtype))
-    return " ".join(part for part in (*parts, f"×{threads}" if threads else "") if part)
+    return " ".join([*parts, how_it_runs(runner, dtype, threads)])
+
+
+def how_it_runs(runner: str, dtype: str, threads: int | None) -> str:
+    """What runs the steps, in which type, with how many threads."""
+    how = {"native": "C++", "packed": "torch"}.get(runner, runner)
+    kind = {"bfloat16": "bf16", "float32": "fp32", "none": ""}.get(dtype, dtype)
+    return " ".join(part for part in (how, kind, f"×{threads}" if threads else "") if part)
 
 
 def _ratio(runs: Sequence[Run], workload: str, servers: Sequence[tuple[Any, ...]]) -> str:

@@ -15,6 +15,8 @@ from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.flags import flag, model_argument
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from benchmarks.wanted import Report, Side, Work
 
 _PAINT_PER_S = 2  # pictures of the line that moves: painting takes time from what is measured
@@ -129,6 +131,62 @@ def bench_offline(
     _measure(f"offline {model}", sides, work, turns, json, measure)
 
 
+@app.command("profile")
+def bench_profile(
+    model: Model = "smollm2",
+    steps: Annotated[
+        int, flag("--steps", "Steps that each figure is the median of.", envvar=None, metavar="N", min=1, max=1000)
+    ] = 20,
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    native: Native = True,
+    json: Json = None,
+) -> None:
+    """Show where the time of a step goes: scheduler, messages, executor, and inside the forward pass.
+
+    Executor: prepare, forward and sample make up the step. Scheduler: plan and apply; messages: wire. In service the
+    next plan is made while a step runs.
+
+    [dim]$[/] paceline bench profile
+    [dim]$[/] paceline bench profile ./my-model --threads 2 --no-native
+    """
+    (side,) = _sides(_folder(model), dtype, threads, native, against="")
+    from benchmarks.setting import setting
+    from benchmarks.step_profile import CASES, parts_table, phases_table, profile
+    from benchmarks.tables import how_it_runs, write_json
+    from benchmarks.wanted import thread_count
+
+    where = setting()
+    with _moving_line() as report:
+        runner = _runner(side, report)
+        rows = profile(runner, steps, report)
+    if not rows:
+        raise _wrong(
+            f"{model} has no room for any of the steps that are profiled",
+            "take one with more context, or fewer --steps",
+        )
+    used = {"dtype": runner.info.dtype, "runner": runner.info.mode, "threads": thread_count(side, runner.info.mode)}
+    inside, left_out = phases_table(rows), len(CASES) - len(rows)
+    _show([parts_table(rows, f"profile {model} · {how_it_runs(**used)}"), *([inside] if inside else [])], where)
+    if left_out:
+        terminal.stdout().print(
+            f"{left_out} kinds of step left out: they exceed context, cache or slots", style="yellow"
+        )
+    if json:
+        write_json(json, {"setting": where, "model": model, **used, "steps": steps, "profile": rows})
+
+
+def _runner(side: Side, report: Report) -> Any:
+    """Load the model into this process, as an executor does."""
+    from executor_svc.machine import calm_openmp
+
+    calm_openmp()  # before torch is imported
+    from executor_svc.config import ExecutorConfig
+    from executor_svc.main import load_runner
+
+    return load_runner(ExecutorConfig(side.model, **side.settings()), lambda phase, _share: report(phase))
+
+
 @app.command("core")
 def bench_core(
     running: Running = [16, 64, 256, 1024],  # noqa: B006
@@ -241,7 +299,7 @@ def _measure(
                     runs += measure(side, work, turn, partial(_report_turn, report, turn, turns))
     finally:
         if runs:
-            _show(results_table(_by_side(runs, sides), title), where)
+            _show([results_table(_by_side(runs, sides), title)], where)
             if json:
                 write_json(json, {"setting": where, "runs": runs})
 
@@ -255,12 +313,13 @@ def _by_side(runs: list[dict[str, Any]], sides: list[Side]) -> list[dict[str, An
     return sorted(runs, key=lambda run: (run["workload"], run["runner"] == "packed" and len(sides) > 1))
 
 
-def _show(table: Any, where: dict[str, Any]) -> None:
+def _show(tables: list[Table], where: dict[str, Any]) -> None:
     from benchmarks.setting import in_words
 
     console = terminal.stdout()
     console.width = max(console.width, 132)  # a cell that is cut loses more than a line that wraps
-    console.print(table)
+    for table in tables:
+        console.print(table)
     console.print(in_words(where), style="dim", markup=False)
 
 
