@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import statistics
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from time import perf_counter
@@ -190,10 +191,9 @@ _KINDS = {  # of torch's operations, by a part of their name; the first that fit
 
 def torch_phases(stage: Stage, forward_ms: float) -> dict[str, float]:
     """What `forward_ms` is made of, by the shares that torch's profiler finds in one step."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # what it says of itself concerns nobody here
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("the step"):
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("the step"):
         seconds = stage.step()
     spent = dict.fromkeys((*_KINDS, "elementwise"), 0.0)
     for event in profiler.key_averages():
@@ -202,6 +202,19 @@ def torch_phases(stage: Stage, forward_ms: float) -> dict[str, float]:
     forward_s = max(seconds["forward"], sum(spent.values()))  # sampling's few operations are among them
     spent["Python and the rest"] = forward_s - sum(spent.values())
     return {kind: forward_ms * one / forward_s for kind, one in spent.items()}
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep off the terminal what C++ writes there: the profiler reports each start and stop, at every log level."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _kind_of(operation: str) -> str:

@@ -255,6 +255,8 @@ def _sides(model: str, dtype: str, threads: int, native: bool, against: str) -> 
 
     if against not in ("", "torch"):
         raise _wrong(f"--against compares with 'torch', got {against!r}", "paceline bench serve --against torch")
+    if against and model == "fake":
+        raise _wrong("--against compares steps of a model, and 'fake' has none", "name a model, or leave --against out")
     if against and not native:
         raise _wrong("--against torch compares steps in C++ with it, and --no-native asks for none", "leave one out")
     sides = [Side(model, dtype, threads, native)]
@@ -299,6 +301,9 @@ def _measure(
                     runs += measure(side, work, turn, partial(_report_turn, report, turn, turns))
     finally:
         if runs:
+            if len(sides) > 1 and "native" not in {run["runner"] for run in runs}:
+                note = "steps in C++ are not possible here: both sides ran in torch; the executor's log says why"
+                terminal.stderr().print(note, style="yellow")
             _show([results_table(_by_side(runs, sides), title)], where)
             if json:
                 write_json(json, {"setting": where, "runs": runs})
