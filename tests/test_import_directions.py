@@ -67,6 +67,16 @@ ALLOWED = {
         "uvloop",
     },
     "client/paceline": {"google", "grpc"},
+    # Run in environments of other servers, where nothing of ours is installed.
+    "benchmarks/peers": {
+        "benchmarks.BenchmarkError",
+        "benchmarks.figures",
+        "benchmarks.wanted",
+        "benchmarks.workloads",
+        "torch",
+        "transformers",
+        "vllm",
+    },
     # Scripts are run one at a time and may ask the tests for their servers; no service imports from here.
     "benchmarks": {
         "autoscaler_svc",
