@@ -190,8 +190,9 @@ def show(everything: dict[str, Any]) -> None:
             print(
                 f"\n{dtype}, medians of {len({run['turn'] for run in runs})} turns\n\n{table(runs)}\n\n{ratios(runs)}"
             )
-    versions = sorted({run["version"] for run in everything["runs"] if run.get("version")})
-    print("\n" + " · ".join([in_words(everything["setting"]), *versions]))
+    where = in_words(everything["setting"])
+    versions = {run.get("version", "") for run in everything["runs"]}
+    print("\n" + " · ".join([where, *sorted(version for version in versions if version not in where)]))
     for failure in everything.get("failures", []):
         print(f"\n{failure['name']}, {failure['dtype']}, turn {failure['turn'] + 1}: {failure['why']}")
 

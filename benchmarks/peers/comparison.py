@@ -54,7 +54,7 @@ def table(runs: Sequence[Run]) -> str:
         lines.append("| " + " | ".join([name, *_cells(mine)]) + " |")
     limits = sorted({run["limit"] for run in runs if run.get("limit")})
     if limits:
-        lines += ["", f"\\* only the first {' or '.join(map(str, limits))} requests, which take minutes otherwise."]
+        lines += ["", f"\\* only the first {' or '.join(map(str, limits))} requests: all of them would take minutes."]
     return "\n".join(lines)
 
 
