@@ -193,7 +193,7 @@ def _steps(load: Callable[[], Any], backend: AttentionBackend, context_length: i
         is_whole = True
         if native_threads:
             try:
-                return _native(model, packed, plain, native_threads)
+                return _native(model, packed, plain, context_length, native_threads)
             except NativeUnavailableError as error:
                 log.info("the model runs in torch", reason=str(error))
             except UnpackableError as error:
@@ -209,11 +209,13 @@ def _steps(load: Callable[[], Any], backend: AttentionBackend, context_length: i
     return packed
 
 
-def _native(model: Any, packed: PackedModel, plain: PlainLogits, thread_count: int) -> NativeDecoder:
+def _native(
+    model: Any, packed: PackedModel, plain: PlainLogits, context_length: int, thread_count: int
+) -> NativeDecoder:
     """The model's steps in C++, for which it is taken apart, proven by the self-test."""
     dtype = model.dtype
     try:
-        native = NativeDecoder(model, packed.traits, thread_count)
+        native = NativeDecoder(model, packed.traits, context_length, thread_count)
     except NativeUnavailableError:
         raise
     except Exception as error:

@@ -31,12 +31,15 @@ class NonFiniteLogitsError(ArithmeticError):
         self.rows = rows
 
 
-def sample(logits: torch.Tensor, sampling: SamplingBatch) -> NDArray[np.int64]:
+def sample(
+    logits: torch.Tensor, likeliest: tuple[torch.Tensor, torch.Tensor], sampling: SamplingBatch
+) -> NDArray[np.int64]:
     """Choose a token for each row of `logits`, `[S, vocabulary]`.
 
+    `likeliest` has the highest of each row, NaN where one of them is, and its token, which becomes the chosen one.
     Filters apply in the order temperature, top-k, top-p, min-p.
     """
-    best, tokens = logits.max(dim=-1)
+    best, tokens = likeliest
     drawn = np.flatnonzero(sampling.temperature > 0)
     if len(drawn):
         index = torch.from_numpy(drawn).to(logits.device)

@@ -101,7 +101,7 @@ class TorchRunner:
         if not len(batch.sampling):
             return np.empty(0, dtype=np.int64)
         try:
-            return sample(logits, batch.sampling)
+            return sample(logits, self._model.likeliest(logits), batch.sampling)
         except NonFiniteLogitsError as error:
             slots = batch.slots[batch.sampling.row_index[error.rows]].tolist()
             raise StepError(

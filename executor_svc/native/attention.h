@@ -155,31 +155,26 @@ template <class T> struct Attention {
         for (int64_t i = to.size; i < (to.size + 15) / 16 * 16; i++) to.keys[i] = to.keys[0];
     }
 
-    void fetch(const Keys &keys, int64_t key_head) const {
-        for (int64_t i = 0; i < keys.size; i++)
-            for (int64_t d = 0; d < m.dim; d += 64 / sizeof(T)) {
-                __builtin_prefetch(keys.keys[i] + key_head * m.dim + d);
-                __builtin_prefetch(keys.values[i] + key_head * m.dim + d);
-            }
-    }
-
     int64_t shared() const { return m.heads / m.key_heads; }
     int64_t position(int64_t row, int64_t token) const { return s.context[row] - s.row_start[row + 1] + token; }
 
+    int64_t last_seen(const Piece &piece) const { return position(piece.row, piece.first + piece.count - 1); }
+    int64_t first_seen(const Piece &piece) const {
+        return layer.window ? std::max<int64_t>(0, position(piece.row, piece.first) + 1 - layer.window) : 0;
+    }
+
     // Sum up a share, each key head's into `sums` of its own. Keys of several heads lie side by side, so they are taken
-    // together, as many as fit into the nearest cache.
-    void attend(const Piece &piece, const Share &share, float *memory) const {
-        const int64_t dim = m.dim, count = piece.count * shared();
-        const int64_t last = position(piece.row, piece.first + piece.count - 1);
-        const int64_t first = layer.window ? std::max<int64_t>(0, position(piece.row, piece.first) + 1 - layer.window) : 0;
+    // together; those that come next are fetched meanwhile, at the end those of the piece `after`.
+    void attend(const Piece &piece, const Share &share, const Piece *after, float *memory) const {
+        const int64_t dim = m.dim, count = piece.count * shared(), first = first_seen(piece), last = last_seen(piece);
         const int64_t length = ((last - first) / share.parts / KEYS + 1) * KEYS;  // of a part
         const int64_t begin = first + share.part * length, end = std::min(last + 1, begin + length);
         for (int64_t h = 0; h < share.heads; h++) Sums(memory + h * Sums::size(dim), dim).clear(count, dim);
         Keys now, next;
         locate(piece.row, begin, end, now);
-        for (int64_t h = 0; h < share.heads; h++) fetch(now, share.head + h);
         for (int64_t start = begin; start < end; start += KEYS, std::swap(now, next)) {
-            locate(piece.row, start + KEYS, end, next);
+            if (start + KEYS < end || !after) locate(piece.row, start + KEYS, end, next);
+            else locate(after->row, first_seen(*after), last_seen(*after) + 1, next);
             for (int64_t h = 0; h < share.heads; h++) {
                 take_in(piece, share.head + h, start, now, next, Sums(memory + h * Sums::size(dim), dim));
             }

@@ -43,7 +43,7 @@ class NativeStep(ctypes.Structure):
 
     _fields_ = [
         *_fields("token_count row_count sampled_count", Integer),
-        *_fields("row_start context tables widths cosine sine x sampled logits scratch", Pointer),
+        *_fields("row_start context tables widths cosine sine x sampled logits likeliest highest scratch", Pointer),
     ]
 
 

@@ -32,10 +32,12 @@ struct Step {
     const int64_t *context;        // [rows] tokens in the cache once the step has run
     const int32_t *const *tables;  // by group [rows, width]
     const int64_t *widths;         // by group
-    const float *cosine, *sine;    // [tokens, rotated]
+    const float *cosine, *sine;    // [positions, rotated]
     float *x;                      // [tokens, hidden] in: embeddings
     const int64_t *sampled;        // [sampled] tokens whose logits are wanted
     float *logits;                 // [sampled, padded vocabulary]
+    int64_t *likeliest;            // [sampled] where the highest logit is, the first of several
+    float *highest;                // [sampled] NaN if one is
     void *scratch;
 };
 

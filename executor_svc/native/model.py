@@ -21,8 +21,11 @@ from executor_svc.packed_model import PackedTraits
 class NativeDecoder:
     """Runs packed steps of one model. Called from one thread only."""
 
-    def __init__(self, model: Any, traits: PackedTraits, thread_count: int) -> None:
-        """Take `model` apart, which must not be used any more. Raises `NativeUnavailableError` before it does."""
+    def __init__(self, model: Any, traits: PackedTraits, context_length: int, thread_count: int) -> None:
+        """Take `model` apart, which must not be used any more. Raises `NativeUnavailableError` before it does.
+
+        Positions beyond `context_length` are not asked of its rotation unless a step has them.
+        """
         check_native(model)
         _check_traits(traits)
         self._library = library()
@@ -33,9 +36,10 @@ class NativeDecoder:
         self.device: torch.device = model.device
         self._embed = model.get_input_embeddings()
         self._rotate = model.model.rotary_emb
+        self._context_length = context_length
+        self._rotations = torch.empty(0, 0), torch.empty(0, 0)
         with torch.inference_mode():
-            cosine, _ = self._rotate(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))
-            self._weights = PackedWeights(model, cosine.shape[-1])
+            self._weights = PackedWeights(model, self._rotations_to(1)[0].shape[-1])
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
 
@@ -58,15 +62,14 @@ class NativeDecoder:
         """
         row_start = np.zeros(len(query_lengths) + 1, dtype=np.int64)
         np.cumsum(query_lengths, out=row_start[1:])
-        positions = np.arange(row_start[-1]) + np.repeat(context_lengths - row_start[1:], query_lengths)
         x = self._embed(token_ids).to(torch.float32, copy=True)
-        rotation = self._rotate(x, torch.from_numpy(positions).unsqueeze(0))
-        cosine, sine = (part[0].contiguous() for part in rotation)
         contexts = np.ascontiguousarray(context_lengths, dtype=np.int64)
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in block_tables]
         table_starts = (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables))
         widths = np.array([table.shape[1] for table in tables], dtype=np.int64)
         sampled, logits = row_index.contiguous(), self._logits_of(len(row_index))
+        cosine, sine = self._rotations_to(int(contexts.max()))
+        self._likeliest = torch.empty(len(sampled)), torch.empty(len(sampled), dtype=torch.int64)
         model = self._weights.model
         model.layers = ctypes.addressof(self._layers(pool))
         step = NativeStep(
@@ -82,10 +85,16 @@ class NativeDecoder:
             x=x.data_ptr(),
             sampled=sampled.data_ptr(),
             logits=logits.data_ptr(),
+            likeliest=self._likeliest[1].data_ptr(),
+            highest=self._likeliest[0].data_ptr(),
             scratch=self._scratch_for(len(token_ids)),
         )
         self._library.paceline_step(self._team, ctypes.byref(model), ctypes.byref(step))
         return logits[:, : model.vocabulary]
+
+    def likeliest(self, _logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The highest logit of each row of the last step, NaN where one of its logits is, and its token."""
+        return self._likeliest
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase of all steps since the last call: each phase of a layer summed over the layers."""
@@ -105,6 +114,19 @@ class NativeDecoder:
                 layer.window = self.traits.visibility[number].window
             self._bound = pool, layers
         return self._bound[1]
+
+    def _rotations_to(self, position_count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of at least so many positions, `[positions, rotated]`, computed when first needed.
+
+        They depend on nothing else: rotations that change with the longest position of a step, which dynamic scaling
+        and longrope have, do so beyond the context length only (`context_length_of`).
+        """
+        known = len(self._rotations[0])
+        if known < position_count:
+            count = max(position_count, min(2 * known, self._context_length))
+            cosine, sine = self._rotate(torch.zeros(1), torch.arange(count).unsqueeze(0))
+            self._rotations = cosine[0].contiguous(), sine[0].contiguous()
+        return self._rotations
 
     def _scratch_for(self, token_count: int) -> int:
         needed = self._library.paceline_scratch_bytes(ctypes.byref(self._weights.model), token_count)

@@ -88,6 +88,38 @@ inline float largest(vec v) {
 #endif
 }
 
+// Where the highest of `count` numbers is, the first of several; `highest` is NaN if one of them is.
+inline int64_t likeliest(const float *x, int64_t count, float &highest) {
+    constexpr int W = 4;  // so many do not wait for each other
+    vec best[W];
+    ivec where[W], none[W];
+    for (int w = 0; w < W; w++) best[w] = all(-INFINITY), where[w] = ivec{}, none[w] = ivec{};
+    int64_t i = 0;
+    for (; i + 16 * W <= count; i += 16 * W)
+        for (int w = 0; w < W; w++) {
+            const vec here = at(x + i + 16 * w);
+            const ivec higher = here > best[w];
+            best[w] = higher ? here : best[w];
+            where[w] = higher ? ivec{} + int32_t(i) : where[w];
+            none[w] |= here != here;
+        }
+    highest = -INFINITY;
+    int64_t place = 0;
+    bool is_nan = false;
+    for (int w = 0; w < W; w++)
+        for (int lane = 0; lane < 16; lane++) {
+            const int64_t index = where[w][lane] + 16 * w + lane;
+            is_nan |= none[w][lane] != 0;
+            if (best[w][lane] > highest || (best[w][lane] == highest && index < place)) highest = best[w][lane], place = index;
+        }
+    for (; i < count; i++) {
+        is_nan |= x[i] != x[i];
+        if (x[i] > highest) highest = x[i], place = i;
+    }
+    if (is_nan) highest = NAN;
+    return place;
+}
+
 // exp to about one unit in the last place of float32: 2^n * p(r), r in [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
 inline vec exponential(vec x) {
     const vec low = all(-87.0f), high = all(88.0f);

@@ -7,6 +7,17 @@ namespace paceline {
 
 enum class Into { STORE, ADD, GATED };  // GATED: a block is 16 gates and their 16 ups, and gives 16 numbers
 
+// What to fetch from memory while a tile is computed: some of what comes next, a little with every input.
+struct Ahead {
+    const char *at;
+    int64_t step;
+
+    void fetch(int64_t k) const {
+        __builtin_prefetch(at + k * step);
+        __builtin_prefetch(at + k * step + step / 2);
+    }
+};
+
 template <class T> struct Product {
     const T *x;  // [rows, inputs]
     const T *weights;
@@ -37,13 +48,12 @@ inline void finish(const Product<T> &p, int64_t row, int64_t block, vec low, vec
     at(to + 16) = high;
 }
 
-template <int R, Into into> void tile(const Product<float> &p, int64_t row, int64_t block) {
+template <int R, Into into> void tile(const Product<float> &p, int64_t row, int64_t block, Ahead ahead) {
     const float *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
     vec low[R] = {}, high[R] = {};
     for (int64_t k = 0; k < p.inputs; k++) {
         vec first = load(w + k * 32), second = load(w + k * 32 + 16);
-        __builtin_prefetch(w + k * 32 + 512);
-        __builtin_prefetch(w + k * 32 + 528);
+        ahead.fetch(k);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             vec number = all(x[r * p.inputs + k]);
@@ -55,7 +65,7 @@ template <int R, Into into> void tile(const Product<float> &p, int64_t row, int6
 }
 
 #if HAS_BF16
-template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64_t block) {
+template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64_t block, Ahead ahead) {
     const bf16 *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
     constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // sums that do not wait for each other
     __m512 low[R * U], high[R * U];
@@ -65,8 +75,7 @@ template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64
 #pragma GCC unroll 4
         for (int u = 0; u < U; u++) {
             const bf16 *here = w + (k + u) * 64;
-            _mm_prefetch((const char *)(here + 2048), _MM_HINT_T0);
-            _mm_prefetch((const char *)(here + 2080), _MM_HINT_T0);
+            ahead.fetch(k + u);
             __m512i first = _mm512_loadu_si512(here), second = _mm512_loadu_si512(here + 32);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
@@ -93,20 +102,29 @@ template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64
 #endif
 
 template <Into into, class T, int R> struct Tiles {
-    static void rest(const Product<T> &p, int64_t row, int64_t block) {
-        if (p.rows - row == R) tile<R, into>(p, row, block);
-        else Tiles<into, T, R - 1>::rest(p, row, block);
+    static void one(const Product<T> &p, int64_t row, int64_t count, int64_t block, Ahead ahead) {
+        if (count == R) tile<R, into>(p, row, block, ahead);
+        else Tiles<into, T, R - 1>::one(p, row, count, block, ahead);
     }
 };
 template <Into into, class T> struct Tiles<into, T, 0> {
-    static void rest(const Product<T> &, int64_t, int64_t) {}
+    static void one(const Product<T> &, int64_t, int64_t, int64_t, Ahead) {}
 };
 
-// One block of 32 outputs, for all rows: its weights stay in the cache meanwhile.
-template <Into into, class T> void multiply(const Product<T> &p, int64_t block) {
+// One block of 32 outputs, for all rows, in tiles of about the same size: its weights stay in the cache meanwhile, and
+// those of block `next`, or what there is of it, are fetched there. A single tile fetches what it needs itself soon.
+template <Into into, class T> void multiply(const Product<T> &p, int64_t block, int64_t next) {
+    constexpr int64_t line = 32 * 4;  // bytes of weights that go with each step of a tile's loop
+    const int64_t tiles = (p.rows + TILE - 1) / TILE, steps = p.inputs * int64_t(sizeof(T)) / 4;
+    const char *here = reinterpret_cast<const char *>(p.weights + block * 32 * p.inputs);
+    const char *there = reinterpret_cast<const char *>(p.weights + std::min(next, p.outputs / 32 - 1) * 32 * p.inputs);
     int64_t row = 0;
-    for (; row + TILE <= p.rows; row += TILE) tile<TILE, into>(p, row, block);
-    Tiles<into, T, TILE - 1>::rest(p, row, block);
+    for (int64_t i = 0; i < tiles; i++) {
+        const int64_t count = (p.rows - row) / (tiles - i);
+        const Ahead ahead = tiles == 1 ? Ahead{here + 4096, line} : Ahead{there + i * steps * line / tiles, line / tiles};
+        Tiles<into, T, TILE>::one(p, row, count, block, ahead);
+        row += count;
+    }
 }
 
 }  // namespace paceline

@@ -41,11 +41,15 @@ template <class T> struct Program {
         qkv = (float *)take(s.token_count * qkv_count() * sizeof(float));
     }
 
-    // Deal out the pieces of a phase, `size` at a time; then wait for everybody.
+    // Deal out the pieces of a phase, `size` at a time; then wait for everybody. Who works on a piece is told the one
+    // that it gets next, or a number past the last, to have it fetched from memory.
     template <class F> void deal(Kind kind, int64_t count, int64_t size, F work) {
-        std::atomic<int64_t> &next = team.dealt[phase++];
-        for (int64_t i; (i = next.fetch_add(size, std::memory_order_relaxed)) < count;)
-            for (int64_t j = i; j < std::min(count, i + size); j++) work(j);
+        std::atomic<int64_t> &dealt = team.dealt[phase++];
+        for (int64_t i = dealt.fetch_add(size, std::memory_order_relaxed), later; i < count; i = later) {
+            later = dealt.fetch_add(size, std::memory_order_relaxed);
+            const int64_t end = std::min(count, i + size);
+            for (int64_t j = i; j < end; j++) work(j, j + 1 < end ? j + 1 : later);
+        }
         team.barrier.wait();
         if (keeps_time) {
             const int64_t now = now_ns();
@@ -57,8 +61,13 @@ template <class T> struct Program {
     template <Into into> void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
                                       int64_t outputs, float *to, T *gated = nullptr) {
         const Product<T> p{x, static_cast<const T *>(weights), bias, rows, inputs, outputs, to, gated};
-        const int64_t blocks = outputs / 32, size = rows >= 32 ? 1 : std::max<int64_t>(1, blocks / (8 * team.barrier.count));
-        deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block); });
+        const int64_t blocks = outputs / 32;
+        if (rows <= TILE) {  // weights are read once, so that those of blocks in a row come as one stream
+            const int64_t size = std::max<int64_t>(1, blocks / (8 * team.barrier.count));
+            deal(kind, blocks, size, [&](int64_t block, int64_t) { multiply<into>(p, block, block); });
+        } else {
+            deal(kind, blocks, 1, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
+        }
     }
 
     void norm(const float *x, const float *weight, T *to) const {
@@ -69,11 +78,11 @@ template <class T> struct Program {
     }
 
     void norms(const float *weight) {
-        deal(NORM, s.token_count, 4, [&](int64_t t) { norm(s.x + t * m.hidden, weight, normed + t * m.hidden); });
+        deal(NORM, s.token_count, 4, [&](int64_t t, int64_t) { norm(s.x + t * m.hidden, weight, normed + t * m.hidden); });
     }
 
     // Norm of a head where the model has one, then its rotation: x * cos + (-second half, first half) * sin.
-    void place(const float *x, const float *weight, int64_t token, float factor, T *to) const {
+    void place(const float *x, const float *weight, int64_t position, float factor, T *to) const {
         alignas(64) float head[256];
         std::memcpy(head, x, m.dim * sizeof(float));
         if (weight) {
@@ -82,27 +91,27 @@ template <class T> struct Program {
             const float scale = 1.0f / std::sqrt(squares / m.dim + m.epsilon);
             for (int64_t i = 0; i < m.dim; i++) head[i] *= scale * weight[i];
         }
-        const float *cosine = s.cosine + token * m.rotated, *sine = s.sine + token * m.rotated;
+        const float *cosine = s.cosine + position * m.rotated, *sine = s.sine + position * m.rotated;
         const int64_t half = m.rotated / 2;
         for (int64_t i = 0; i < half; i++) {
             const float a = head[i], b = head[i + half];
             head[i] = a * cosine[i] - b * sine[i];
             head[i + half] = b * cosine[i + half] + a * sine[i + half];
         }
-        for (int64_t i = 0; i < m.dim; i++) put(to[i], head[i] * factor);
+        for (int64_t i = 0; i < m.dim; i += 16) store(to + i, at(head + i) * factor);
     }
 
     void write(const Layer &layer, int64_t row, int64_t token) const {
         const float *x = qkv + token * qkv_count();
-        for (int64_t h = 0; h < m.heads; h++)
-            place(x + h * m.dim, layer.query_norm, token, m.scaling, queries + (token * m.heads + h) * m.dim);
         const int64_t position = s.context[row] - s.row_start[row + 1] + token;
+        for (int64_t h = 0; h < m.heads; h++)
+            place(x + h * m.dim, layer.query_norm, position, m.scaling, queries + (token * m.heads + h) * m.dim);
         const int64_t block = s.tables[layer.group][row * s.widths[layer.group] + position / layer.block_size];
         const int64_t offset = position % layer.block_size;
         T *key = static_cast<T *>(layer.keys) + (block * layer.key_stride + offset) * m.key_heads * m.dim;
         T *value = static_cast<T *>(layer.values) + (block * layer.value_stride + offset) * m.key_heads * m.dim;
         for (int64_t h = 0; h < m.key_heads; h++)
-            place(x + (m.heads + h) * m.dim, layer.key_norm, token, 1.0f, key + h * m.dim);
+            place(x + (m.heads + h) * m.dim, layer.key_norm, position, 1.0f, key + h * m.dim);
         const float *v = x + (m.heads + m.key_heads) * m.dim;
         for (int64_t i = 0; i < m.key_heads * m.dim; i += 16) store(value + i, at(v + i));
     }
@@ -111,20 +120,21 @@ template <class T> struct Program {
     void attend(const Attention<T> &attention) {
         const int64_t size = Sums::size(m.dim), parts = team.parts;
         if (parts == 0) {
-            deal(ATTENTION, pieces.size(), 1, [&](int64_t i) {
-                attention.attend(pieces[i], {0, m.key_heads, 0, 1}, sums.data());
+            const int64_t count = pieces.size();
+            deal(ATTENTION, count, 1, [&](int64_t i, int64_t next) {
+                attention.attend(pieces[i], {0, m.key_heads, 0, 1}, next < count ? &pieces[next] : nullptr, sums.data());
                 for (int64_t h = 0; h < m.key_heads; h++) attention.put_out(pieces[i], h, {sums.data() + h * size, m.dim});
             });
             return;
         }
         float *partial = team.partial.data();
-        deal(ATTENTION, pieces.size() * m.key_heads * parts, 1, [&](int64_t i) {
+        deal(ATTENTION, pieces.size() * m.key_heads * parts, 1, [&](int64_t i, int64_t) {
             const Piece &piece = pieces[i / parts / m.key_heads];
-            attention.attend(piece, {i / parts % m.key_heads, 1, i % parts, parts}, partial + i * size);
+            attention.attend(piece, {i / parts % m.key_heads, 1, i % parts, parts}, nullptr, partial + i * size);
             if (parts == 1) attention.put_out(piece, i % m.key_heads, {partial + i * size, m.dim});
         });
         if (parts == 1) return;
-        deal(ATTENTION, pieces.size() * m.key_heads, 1, [&](int64_t i) {
+        deal(ATTENTION, pieces.size() * m.key_heads, 1, [&](int64_t i, int64_t) {
             const Piece &piece = pieces[i / m.key_heads];
             const Sums whole(partial + i * parts * size, m.dim);
             for (int64_t part = 1; part < parts; part++)
@@ -136,7 +146,7 @@ template <class T> struct Program {
     void run_layer(const Layer &layer) {
         norms(layer.norm1);
         product<Into::STORE>(QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
-        deal(WRITE, pieces.size(), 1, [&](int64_t i) {
+        deal(WRITE, pieces.size(), 1, [&](int64_t i, int64_t) {
             for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row, pieces[i].first + t);
         });
         attend({m, layer, s, queries, attended});
@@ -148,8 +158,11 @@ template <class T> struct Program {
 
     void run() {
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
-        deal(NORM, s.sampled_count, 4, [&](int64_t i) { norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden); });
+        deal(NORM, s.sampled_count, 4, [&](int64_t i, int64_t) { norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden); });
         product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary), s.logits);
+        deal(OUTPUT, s.sampled_count, 1, [&](int64_t i, int64_t) {
+            s.likeliest[i] = likeliest(s.logits + i * padded(m.vocabulary), m.vocabulary, s.highest[i]);
+        });
     }
 };
 
@@ -243,7 +256,7 @@ EXPORT Team *paceline_team(int64_t threads) {
 }
 
 EXPORT void paceline_step(Team *team, const Model *model, const Step *step) {
-    const size_t phases = size_t(model->layer_count) * 9 + 2;
+    const size_t phases = size_t(model->layer_count) * 9 + 3;
     if (team->dealt.size() != phases) team->dealt = std::vector<std::atomic<int64_t>>(phases);
     for (auto &next : team->dealt) next.store(0, std::memory_order_relaxed);
     team->model = model;
