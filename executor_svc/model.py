@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 
 import structlog
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from common.serving_folder import ServingFolder, ServingFolderError
+from common.serving_folder import ServingFolder, ServingFolderError, weight_names
 from executor_svc.attention.backend import AttentionBackend
 from executor_svc.attention.hook import ATTENTION_NAME
+from executor_svc.memory import forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.model import NativeDecoder
+from executor_svc.native.weights import check_native
 from executor_svc.packed_model import PackedModel, UnpackableError
 from executor_svc.self_test import TEST_LENGTH, PlainLogits, StepModel, check_steps, plain_logits
 
@@ -25,6 +27,7 @@ log = structlog.get_logger()
 
 _T = TypeVar("_T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}  # what packed mode can mask
 
 
@@ -66,11 +69,9 @@ def load_model(
     config = _load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
 
-    def load() -> Any:
-        return _load_weights(folder.path, dtype).to(device).eval()
-
+    files = _ModelFiles(folder.path, config, device, dtype)
     return LoadedModel(
-        steps=_steps(load, backend, context_length, native_threads),
+        steps=_steps(files, backend, context_length, native_threads),
         model_name=folder.model_name,
         fingerprint=folder.fingerprint,
         context_length=context_length,
@@ -79,21 +80,63 @@ def load_model(
     )
 
 
-def _load_weights(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with _quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                attn_implementation="eager",  # the oracle of the self-test
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"the weights in '{path}' cannot be loaded: {reason}; make the folder again with `paceline prepare`"
-        ) from error
+@dataclass(frozen=True, slots=True)
+class _ModelFiles:
+    """A model on disk, to be had in as many ways as its steps need it."""
+
+    path: Path
+    config: Any
+    device: torch.device
+    dtype: torch.dtype  # in which it is served
+
+    @property
+    def class_name(self) -> str:
+        return AutoModelForCausalLM._model_mapping[type(self.config)].__name__
+
+    def load(self) -> Any:
+        """The model as transformers runs it."""
+        return self._load(self.dtype).to(self.device).eval()
+
+    def mapped(self) -> Any:
+        """The model as a view of its files, in their own type: what nobody reads takes no memory."""
+        return self._load(self._stored_dtype()).eval()
+
+    def converted(self) -> Any:
+        """The model as transformers runs it, without ever being in memory twice. Only for models of one type."""
+        model = self.mapped()
+        for parameter in model.parameters():
+            if parameter.dtype != self.dtype:
+                stored, parameter.data = parameter.data, parameter.data.to(self.dtype)
+                forget(stored)
+        return model
+
+    def sketch(self) -> Any:
+        """The model without its weights."""
+        with torch.device("meta"), _quiet_transformers():
+            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+
+    def _stored_dtype(self) -> torch.dtype:
+        """The type of the first of the weights, which is that of all of them in most models."""
+        with safe_open(self.path / weight_names(self.path)[0], framework="pt") as stored:
+            name = stored.get_slice(next(iter(stored.keys()))).get_dtype()
+        return _STORED_DTYPES.get(name, self.dtype)
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        try:
+            with _quiet_transformers():
+                return AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    dtype=dtype,
+                    attn_implementation="eager",  # the oracle of the self-test
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"the weights in '{self.path}' cannot be loaded: {reason}; "
+                "make the folder again with `paceline prepare`"
+            ) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -185,56 +228,62 @@ def _unsupported_reason(config: Any) -> str:
     return f"it has layers of type {', '.join(sorted(map(repr, types)))}" if types else ""
 
 
-def _steps(load: Callable[[], Any], backend: AttentionBackend, context_length: int, native_threads: int) -> StepModel:
+def _steps(files: _ModelFiles, backend: AttentionBackend, context_length: int, native_threads: int) -> StepModel:
     """The model's steps in C++ if they can be had, else in packed mode; refused unless they change nothing."""
-    model = load()
+    if native_threads:
+        try:
+            return _native(files, backend, context_length, native_threads)
+        except NativeUnavailableError as error:
+            log.info("the model runs in torch", reason=str(error))
+        except UnpackableError as error:
+            log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
     try:
-        packed, plain = _packed(model, backend, context_length)
-        is_whole = True
-        if native_threads:
-            try:
-                return _native(model, packed, plain, context_length, native_threads)
-            except NativeUnavailableError as error:
-                log.info("the model runs in torch", reason=str(error))
-            except UnpackableError as error:
-                log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
-                is_whole = False  # it was taken apart
-        if not is_whole:
-            del model, packed  # memory may not be enough for two
-            model = load()
-            packed, plain = _packed(model, backend, context_length)
-        _trial(lambda: check_steps(packed, plain, model.dtype))
+        model = files.load()
+        if getattr(model, "_is_stateful", False):
+            raise UnpackableError("it carries a recurrent state")
+        plain = _plain_logits(model)
+        packed = _packed(model, backend, context_length)
+        _trial(lambda: check_steps(packed, plain, files.dtype))
     except UnpackableError as error:
-        raise ModelError(_refusal(type(model).__name__, str(error))) from error
+        raise ModelError(_refusal(files.class_name, str(error))) from error
     return packed
 
 
-def _native(
-    model: Any, packed: PackedModel, plain: PlainLogits, context_length: int, thread_count: int
-) -> NativeDecoder:
-    """The model's steps in C++, for which it is taken apart, proven by the self-test."""
-    dtype = model.dtype
+def _native(files: _ModelFiles, backend: AttentionBackend, context_length: int, thread_count: int) -> NativeDecoder:
+    """The model's steps in C++, proven by the self-test.
+
+    What weights are needed for is done one after the other, so that they are in memory once: first the model computes
+    what the test expects, and is let go; then they are packed, straight from the file.
+    """
+    sketch = _trial(files.sketch)
+    check_native(sketch, files.dtype)
+    traits = _packed(sketch, backend, context_length).traits
+    model = files.converted()
+    plain = _plain_logits(model)
+    for parameter in model.parameters():
+        forget(parameter)
     try:
-        native = NativeDecoder(model, packed.traits, context_length, thread_count)
-    except NativeUnavailableError:
+        native = NativeDecoder(files.mapped(), files.dtype, traits, context_length, thread_count)
+    except (NativeUnavailableError, ModelError):
         raise
     except Exception as error:
         raise UnpackableError(f"it cannot be taken apart: {type(error).__name__}: {error}") from error
-    _trial(lambda: check_steps(native, plain, dtype))
+    _trial(lambda: check_steps(native, plain, files.dtype))
     return native
 
 
-def _packed(model: Any, backend: AttentionBackend, context_length: int) -> tuple[PackedModel, PlainLogits]:
-    """Switch the model to packed mode; also what it computed before."""
-    if getattr(model, "_is_stateful", False):
-        raise UnpackableError("it carries a recurrent state")
-    plain = _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size))
+def _plain_logits(model: Any) -> PlainLogits:
+    return _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size))
+
+
+def _packed(model: Any, backend: AttentionBackend, context_length: int) -> PackedModel:
+    """Switch the model to packed mode."""
     with _quiet_transformers():
         model.set_attn_implementation(ATTENTION_NAME)
     if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
         raise UnpackableError("it does not use the attention interface of transformers")
     # A window that no request outgrows counts as none; the test's sequences must not outgrow it either.
-    return _trial(lambda: PackedModel(model, backend, max(context_length, TEST_LENGTH))), plain
+    return _trial(lambda: PackedModel(model, backend, max(context_length, TEST_LENGTH)))
 
 
 def _trial(run: Callable[[], _T]) -> _T:

@@ -11,6 +11,7 @@ from executor_svc.batch import IntArray, LayerGroup, RunnerInfo, StepBatch, Step
 from executor_svc.config import ExecutorConfig
 from executor_svc.kv_cache import PagedPool
 from executor_svc.machine import available_memory_bytes, usable_core_count
+from executor_svc.memory import trim
 from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model
 from executor_svc.native.model import NativeDecoder
 from executor_svc.pool_geometry import PoolGeometry
@@ -68,6 +69,7 @@ class TorchRunner:
         traits = loaded.steps.traits
         geometry = traits.geometry(config.block_size)
         pool = PagedPool(geometry, _block_count(loaded, geometry, config), traits.cache_dtype, device)
+        trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config)
 

@@ -21,12 +21,15 @@ from executor_svc.packed_model import PackedTraits
 class NativeDecoder:
     """Runs packed steps of one model. Called from one thread only."""
 
-    def __init__(self, model: Any, traits: PackedTraits, context_length: int, thread_count: int) -> None:
-        """Take `model` apart, which must not be used any more. Raises `NativeUnavailableError` before it does.
+    def __init__(
+        self, model: Any, dtype: torch.dtype, traits: PackedTraits, context_length: int, thread_count: int
+    ) -> None:
+        """Take `model`, whatever its own type, apart for steps in `dtype`; it must not be used any more.
 
         Positions beyond `context_length` are not asked of its rotation unless a step has them.
+        Raises `NativeUnavailableError` before it is taken apart.
         """
-        check_native(model)
+        check_native(model, dtype)
         _check_traits(traits)
         self._library = library()
         self._team = self._library.paceline_team(thread_count)
@@ -34,12 +37,11 @@ class NativeDecoder:
             raise NativeUnavailableError(f"the system has no room for {thread_count} threads; set fewer threads")
         self.traits = traits
         self.device: torch.device = model.device
-        self._embed = model.get_input_embeddings()
         self._rotate = model.model.rotary_emb
         self._context_length = context_length
         self._rotations = torch.empty(0, 0), torch.empty(0, 0)
         with torch.inference_mode():
-            self._weights = PackedWeights(model, self._rotations_to(1)[0].shape[-1])
+            self._weights = PackedWeights(model, dtype, self._rotations_to(1)[0].shape[-1])
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
 
@@ -62,7 +64,7 @@ class NativeDecoder:
         """
         row_start = np.zeros(len(query_lengths) + 1, dtype=np.int64)
         np.cumsum(query_lengths, out=row_start[1:])
-        x = self._embed(token_ids).to(torch.float32, copy=True)
+        x = self._weights.embed(token_ids)
         contexts = np.ascontiguousarray(context_lengths, dtype=np.int64)
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in block_tables]
         table_starts = (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables))

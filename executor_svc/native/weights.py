@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from executor_svc.memory import forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
 
@@ -21,26 +22,26 @@ _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwe
 _TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
-def check_native(model: Any) -> None:
-    """Raise `NativeUnavailableError` unless the native step has everything that the model needs."""
-    reason = _reason_against(model)
+def check_native(model: Any, dtype: torch.dtype) -> None:
+    """Raise `NativeUnavailableError` unless the native step has everything that the model needs in this type."""
+    reason = _reason_against(model, dtype)
     if reason:
         raise NativeUnavailableError(reason)
-    if not _TYPES[model.dtype] & library().paceline_types():
-        raise NativeUnavailableError(f"this processor does not compute in {str(model.dtype).removeprefix('torch.')}")
+    if not _TYPES[dtype] & library().paceline_types():
+        raise NativeUnavailableError(f"this processor does not compute in {str(dtype).removeprefix('torch.')}")
 
 
-def _reason_against(model: Any) -> str:
+def _reason_against(model: Any, dtype: torch.dtype) -> str:
     config = model.config
     layers = getattr(getattr(model, "model", None), "layers", None)
     kinds = {type(layer).__name__ for layer in layers or ()}
     if not layers or not kinds <= set(_LAYERS):
         return f"its layers ({', '.join(sorted(kinds)) or 'none known'}) are not of a kind that is written in C++"
-    if model.dtype not in _TYPES:
-        return f"its type is {model.dtype}"
+    if dtype not in _TYPES:
+        return f"its type is {dtype}"
     first = layers[0]
     dim, shared = first.self_attn.head_dim, first.self_attn.num_key_value_groups
-    unit = 32 if model.dtype == torch.bfloat16 else 16
+    unit = 32 if dtype == torch.bfloat16 else 16
     if dim % unit or config.intermediate_size % unit or config.hidden_size % BLOCK:
         return f"its heads or gated products are not multiples of {unit}, or its hidden size not one of {BLOCK}"
     if any(type(linear) is not nn.Linear or linear.weight.dtype != model.dtype for linear in _linears(model)):
@@ -67,18 +68,25 @@ def _unbiased(model: Any) -> list[nn.Linear]:
 class PackedWeights:
     """A model's weights as the native step reads them; the model's own go as theirs are made.
 
-    What stays of the model is its embedding and its rotation.
+    What stays of the model is its rotation, and its embedding where that is not the output layer's matrix as well. Of
+    a model whose weights are a mapped file, only the matrix that is just being packed is in memory.
     """
 
-    def __init__(self, model: Any, rotated: int) -> None:
-        """Pack `model`, of which positions rotate `rotated` numbers of a head. It is of no other use afterwards."""
+    def __init__(self, model: Any, dtype: torch.dtype, rotated: int) -> None:
+        """Pack `model` in `dtype`; positions rotate `rotated` numbers of a head. It is of no other use afterwards."""
         self._kept: list[torch.Tensor] = []
         config, first = model.config, model.model.layers[0]
-        self._is_bf16 = int(model.dtype == torch.bfloat16)
-        output = self._pack(model.lm_head.weight)  # tied to the embedding in many models, so it is not let go
+        self._dtype = dtype
+        self._embedding = model.get_input_embeddings()
+        self._is_tied = model.lm_head.weight is self._embedding.weight
+        output = self._pack(model.lm_head.weight)
+        self._output = self._kept[-1]
+        _let_go(model.lm_head)
+        if self._is_tied:
+            self._embedding.weight = model.lm_head.weight
         self.layers = [self._layer(layer) for layer in model.model.layers]
         self.model = NativeModel(
-            is_bf16=self._is_bf16,
+            is_bf16=dtype == torch.bfloat16,
             layer_count=len(self.layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -92,8 +100,16 @@ class PackedWeights:
             norm=self._plain(model.model.norm.weight),
             output=output,
         )
-        if model.lm_head.weight is not model.get_input_embeddings().weight:
-            _let_go(model.lm_head)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings of tokens, `[tokens, hidden]` in float32."""
+        if not self._is_tied:
+            rows = self._embedding(token_ids).to(self._dtype)
+        else:
+            # As `_pack` lays them out: in a block, for every 4 bytes of a row those of all its rows side by side.
+            blocks = self._output.view(torch.int32).view(-1, self.model.hidden * self._dtype.itemsize // 4, BLOCK)
+            rows = blocks[token_ids // BLOCK, :, token_ids % BLOCK].view(self._dtype)
+        return rows.to(torch.float32, copy=True)
 
     def _layer(self, layer: Any) -> NativeLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -116,21 +132,22 @@ class PackedWeights:
         return packed
 
     def _plain(self, vector: torch.Tensor) -> int:
-        self._kept.append(vector.detach().float().contiguous())
+        rounded = vector.detach().to(self._dtype)
+        self._kept.append(rounded.to(torch.float32, copy=True).contiguous())
         return self._kept[-1].data_ptr()
 
     def _bias(self, parts: list[torch.Tensor | None]) -> int | None:
         present = [part for part in parts if part is not None]
         if not present:
             return None
-        bias = torch.cat(present).float()
+        bias = torch.cat(present)
         return self._plain(nn.functional.pad(bias, (0, -len(bias) % BLOCK)))
 
     def _pack(self, matrix: torch.Tensor) -> int:
-        plain = matrix.detach().contiguous()
+        plain = matrix.detach().to(self._dtype).contiguous()
         outputs, inputs = plain.shape
         packed = aligned(-(-outputs // BLOCK) * BLOCK * inputs * plain.element_size())
-        library().paceline_pack(self._is_bf16, plain.data_ptr(), outputs, inputs, packed.data_ptr())
+        library().paceline_pack(self._dtype == torch.bfloat16, plain.data_ptr(), outputs, inputs, packed.data_ptr())
         self._kept.append(packed)
         return packed.data_ptr()
 
@@ -147,5 +164,7 @@ def aligned(byte_count: int) -> torch.Tensor:
 
 
 def _let_go(*linears: nn.Linear) -> None:
+    """Give back the memory of the matrices now: freed, it would stay with the allocator."""
     for linear in linears:
+        forget(linear.weight)
         linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from executor_svc.model import load_model
 from executor_svc.native import build, library
 from executor_svc.native.build import NativeUnavailableError, library_path
 from executor_svc.native.model import NativeDecoder
-from executor_svc.native.weights import check_native
+from executor_svc.native.weights import PackedWeights, check_native
 from tests.executor_svc.conftest import load_folder, needs_compiler
 from tests.executor_svc.step_driver import DrivenRequest, drive
 from tests.tiny_models import build_model, save_serving_folder
@@ -107,7 +108,7 @@ def test_too_many_threads_for_the_system_leave_the_model_whole(serving_folder, m
 def test_models_that_it_is_not_made_for_run_in_torch(architecture, changes, reason):
     """Faster and wrong is no choice."""
     with pytest.raises(NativeUnavailableError, match=reason):
-        check_native(build_model(architecture, **changes))
+        check_native(build_model(architecture, **changes), torch.float32)
 
 
 @needs_compiler
@@ -144,6 +145,25 @@ def test_a_model_that_is_let_go_ends_its_threads(serving_folder):
         del runner
 
     assert len(os.listdir("/proc/self/task")) <= before + 2  # those of the last one, where something still holds it
+
+
+@needs_compiler
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_in_memory_once(tied, dtype):
+    """A machine is sized by the weights; plain copies beside the packed ones would double them."""
+    model = build_model("llama", tie_word_embeddings=tied)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    plain = [weakref.ref(linear.weight) for linear in linears]
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    with torch.inference_mode():
+        weights = PackedWeights(model, dtype, rotated=16)
+
+    assert len(plain) == 3 * 7 + 1
+    assert [weight() for weight in plain] == [None] * len(plain)
+    assert model.get_input_embeddings().weight.numel() == (0 if tied else embedding.numel())
+    ids = torch.tensor([0, 1, 33, 319, 31])
+    assert torch.equal(weights.embed(ids), embedding[ids].to(dtype).float())
 
 
 def logits_of(loaded, token_ids):
