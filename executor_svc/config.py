@@ -38,6 +38,10 @@ class ExecutorConfig:
     native: bool = True
     """Whether a CPU runs steps in C++, built at the first start, where the model and the machine allow it."""
 
+    keep_checks: bool = True
+    """Whether a start that tested the model and measured its largest step keeps the results, and later ones of the same
+    model, settings, releases and machine use them."""
+
     block_size: int = 16
     """Tokens of one cache block, a power of two."""
 

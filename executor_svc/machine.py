@@ -27,6 +27,16 @@ def available_memory_bytes() -> int:
     return available
 
 
+def resident_bytes() -> tuple[int, int]:
+    """Memory that the process has now, and the most that it ever had; zeros where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0, 0
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value}
+    return kib.get("VmRSS", 0) * 1024, kib.get("VmHWM", 0) * 1024
+
+
 def _read(name: str) -> str:
     try:
         return (_CGROUP / name).read_text().strip()
@@ -36,9 +46,12 @@ def _read(name: str) -> str:
 
 def process_age_s() -> float:
     """Seconds since this process was created, loading of its modules included."""
-    import psutil
-
-    return max(0.0, time.time() - psutil.Process().create_time())
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine was
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
+    except (OSError, AttributeError):  # not Linux; psutil knows the moment to a second there
+        return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def calm_openmp() -> None:

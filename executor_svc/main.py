@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
@@ -21,6 +23,7 @@ from executor_svc.machine import process_age_s
 from executor_svc.membership import Membership, RefusedError
 from executor_svc.metrics import ExecutorMetrics
 from executor_svc.service import ExecutorService, ModelThread
+from executor_svc.start_times import Progress, StartTimes
 from paceline.internal.v1 import executor_pb2_grpc
 
 log = structlog.get_logger()
@@ -30,8 +33,6 @@ _LAST_STEP_S = 5.0
 
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
-Progress = Callable[[str, float], None]
-
 
 def serve(config: ExecutorConfig, progress: Progress | None = None) -> int:
     """Run an executor until it is told to stop; returns the exit code of the process.
@@ -40,8 +41,9 @@ def serve(config: ExecutorConfig, progress: Progress | None = None) -> int:
     remedy when the model cannot be loaded or the settings contradict each other, `AddressError` when the address
     cannot be listened on.
     """
-    runner = load_runner(config, progress or (lambda _phase, _share: None))
-    return run_loop(_serve(config, runner))
+    times = StartTimes(progress or (lambda _phase, _share: None))
+    runner = load_runner(config, times)
+    return run_loop(_serve(config, runner, times))
 
 
 def load_runner(config: ExecutorConfig, progress: Progress) -> Runner:
@@ -52,9 +54,26 @@ def load_runner(config: ExecutorConfig, progress: Progress) -> Runner:
 
         time.sleep(config.fake_load_us / 1e6)
         return FakeRunner(config)
+    _begin_building(config)
     from executor_svc.torch_runner import TorchRunner
 
     return TorchRunner.load(config, progress)
+
+
+def _begin_building(config: ExecutorConfig) -> None:
+    """Let the compiler work while libraries are imported, where a CPU may want steps in C++.
+
+    Whoever asks for the library later waits for this one, or learns then why there is none.
+    """
+    from executor_svc.native.build import NativeUnavailableError, library_path
+
+    def build() -> None:
+        with contextlib.suppress(NativeUnavailableError):
+            library_path()
+
+    has_gpu = Path("/dev/nvidiactl").exists()
+    if config.native and (config.device == "cpu" or (config.device == "auto" and not has_gpu)):
+        threading.Thread(target=build, name="native-build", daemon=True).start()
 
 
 class ExecutorApp:
@@ -147,7 +166,7 @@ class ExecutorApp:
         detached.cancel()
 
 
-async def _serve(config: ExecutorConfig, runner: Runner) -> int:
+async def _serve(config: ExecutorConfig, runner: Runner, times: StartTimes) -> int:
     stopping = stop_event()
     app = ExecutorApp(config, runner)
     address = await app.start()
@@ -162,6 +181,7 @@ async def _serve(config: ExecutorConfig, runner: Runner) -> int:
         block_tokens=[group.block_size for group in info.layer_groups],
         cache_mib=info.cache_bytes // 2**20,
     )
+    times.log()
     exit_code = 0
     try:
         await app.run(stopping)

@@ -16,12 +16,14 @@ from transformers.utils import logging as transformers_logging
 from common.serving_folder import ServingFolder, ServingFolderError, weight_names
 from executor_svc.attention.backend import AttentionBackend
 from executor_svc.attention.hook import ATTENTION_NAME
+from executor_svc.kept_checks import Checks
 from executor_svc.memory import forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.model import NativeDecoder
 from executor_svc.native.weights import check_native
 from executor_svc.packed_model import PackedModel, UnpackableError
-from executor_svc.self_test import TEST_LENGTH, PlainLogits, StepModel, check_steps, plain_logits
+from executor_svc.self_test import PlainLogits, StepModel, check_steps, plain_logits
+from executor_svc.start_times import Progress
 
 log = structlog.get_logger()
 
@@ -45,6 +47,20 @@ class LoadedModel:
     context_length: int
     end_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    failed_native: bool  # its steps in C++ did not pass the self-test, so it runs in torch
+
+    @property
+    def mode(self) -> str:
+        """How steps run: `native` or `packed`."""
+        return "native" if isinstance(self.steps, NativeDecoder) else "packed"
+
+
+def open_folder(path: str) -> ServingFolder:
+    """The serving folder at `path`. Raises `ModelError`."""
+    try:
+        return ServingFolder.open(path)
+    except ServingFolderError as error:
+        raise ModelError(str(error)) from error
 
 
 def load_model(
@@ -54,29 +70,32 @@ def load_model(
     backend: AttentionBackend,
     max_model_len: int = 0,
     native_threads: int = 0,
+    kept: Checks | None = None,
+    progress: Progress = lambda _phase, _share: None,
 ) -> LoadedModel:
     """Load the serving folder at `path` and prove that its steps compute what the model computes.
 
-    With `native_threads` they run in C++ where the machine and the model allow it, else in torch.
+    With `native_threads` they run in C++ where the machine and the model allow it, else in torch. What `kept`
+    says of an earlier start is not tested again.
 
     Raises:
         ModelError: the folder, the model or `max_model_len` is not fit to serve.
     """
-    try:
-        folder = ServingFolder.open(path)
-    except ServingFolderError as error:
-        raise ModelError(str(error)) from error
+    progress("reading the configuration", 0.0)
+    folder = open_folder(path)
     config = _load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
 
     files = _ModelFiles(folder.path, config, device, dtype)
+    steps, failed_native = _Start(files, backend, context_length, kept, progress).steps(native_threads)
     return LoadedModel(
-        steps=_steps(files, backend, context_length, native_threads),
+        steps=steps,
         model_name=folder.model_name,
         fingerprint=folder.fingerprint,
         context_length=context_length,
         end_token_ids=_end_token_ids(folder.path, config.get_text_config()),
         dtype=dtype,
+        failed_native=failed_native,
     )
 
 
@@ -228,62 +247,97 @@ def _unsupported_reason(config: Any) -> str:
     return f"it has layers of type {', '.join(sorted(map(repr, types)))}" if types else ""
 
 
-def _steps(files: _ModelFiles, backend: AttentionBackend, context_length: int, native_threads: int) -> StepModel:
-    """The model's steps in C++ if they can be had, else in packed mode; refused unless they change nothing."""
-    if native_threads:
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """One start of a model: how its steps are to run, and the proof that they change nothing."""
+
+    files: _ModelFiles
+    backend: AttentionBackend
+    context_length: int
+    kept: Checks | None
+    progress: Progress
+
+    def steps(self, native_threads: int) -> tuple[StepModel, bool]:
+        """The steps in C++ if they can be had, else in packed mode; and whether those in C++ failed the self-test.
+
+        Raises `ModelError` unless they compute what the model computes.
+        """
+        failed_native = False
+        if native_threads:
+            try:
+                return self._native(native_threads), False
+            except NativeUnavailableError as error:
+                log.info("the model runs in torch", reason=str(error))
+            except UnpackableError as error:
+                log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
+                failed_native = True
         try:
-            return _native(files, backend, context_length, native_threads)
-        except NativeUnavailableError as error:
-            log.info("the model runs in torch", reason=str(error))
+            return self._packed(), failed_native
         except UnpackableError as error:
-            log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
-    try:
-        model = files.load()
+            raise ModelError(_refusal(self.files.class_name, str(error))) from error
+
+    def _is_proven(self, mode: str) -> bool:
+        return self.kept is not None and self.kept.mode == mode
+
+    def _native(self, thread_count: int) -> NativeDecoder:
+        """The model's steps in C++.
+
+        What weights are needed for is done one after the other, so that they are in memory once: first the model
+        computes what the test expects, and is let go; then they are packed, straight from the file.
+        """
+        sketch = _trial(self.files.sketch)
+        self.progress("building steps in C++", 0.05)
+        check_native(sketch, self.files.dtype)
+        traits = self._switch(sketch).traits
+        plain = None if self._is_proven("native") else self._converted_logits()
+        self.progress("packing the weights", 0.3)
+        try:
+            native = NativeDecoder(
+                self.files.mapped(), self.files.dtype, traits, self.context_length, thread_count
+            )
+        except (NativeUnavailableError, ModelError):
+            raise
+        except Exception as error:
+            raise UnpackableError(f"it cannot be taken apart: {type(error).__name__}: {error}") from error
+        self._test(native, plain, 0.6)
+        return native
+
+    def _converted_logits(self) -> PlainLogits:
+        """What the model itself computes, of whose weights nothing is left in memory."""
+        self.progress("loading the weights", 0.1)
+        model = self.files.converted()
+        self.progress("testing the model", 0.2)
+        plain = self._plain_logits(model)
+        for parameter in model.parameters():
+            forget(parameter)
+        return plain
+
+    def _packed(self) -> PackedModel:
+        """The model's steps in torch."""
+        self.progress("loading the weights", 0.6)
+        model = self.files.load()
         if getattr(model, "_is_stateful", False):
             raise UnpackableError("it carries a recurrent state")
-        plain = _plain_logits(model)
-        packed = _packed(model, backend, context_length)
-        _trial(lambda: check_steps(packed, plain, files.dtype))
-    except UnpackableError as error:
-        raise ModelError(_refusal(files.class_name, str(error))) from error
-    return packed
+        plain = None if self._is_proven("packed") else self._plain_logits(model)
+        packed = self._switch(model)
+        self._test(packed, plain, 0.65)
+        return packed
 
+    def _plain_logits(self, model: Any) -> PlainLogits:
+        return _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size, self.context_length))
 
-def _native(files: _ModelFiles, backend: AttentionBackend, context_length: int, thread_count: int) -> NativeDecoder:
-    """The model's steps in C++, proven by the self-test.
+    def _switch(self, model: Any) -> PackedModel:
+        """Switch the model to packed mode."""
+        with _quiet_transformers():
+            model.set_attn_implementation(ATTENTION_NAME)
+        if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+            raise UnpackableError("it does not use the attention interface of transformers")
+        return _trial(lambda: PackedModel(model, self.backend, self.context_length))
 
-    What weights are needed for is done one after the other, so that they are in memory once: first the model computes
-    what the test expects, and is let go; then they are packed, straight from the file.
-    """
-    sketch = _trial(files.sketch)
-    check_native(sketch, files.dtype)
-    traits = _packed(sketch, backend, context_length).traits
-    model = files.converted()
-    plain = _plain_logits(model)
-    for parameter in model.parameters():
-        forget(parameter)
-    try:
-        native = NativeDecoder(files.mapped(), files.dtype, traits, context_length, thread_count)
-    except (NativeUnavailableError, ModelError):
-        raise
-    except Exception as error:
-        raise UnpackableError(f"it cannot be taken apart: {type(error).__name__}: {error}") from error
-    _trial(lambda: check_steps(native, plain, files.dtype))
-    return native
-
-
-def _plain_logits(model: Any) -> PlainLogits:
-    return _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size))
-
-
-def _packed(model: Any, backend: AttentionBackend, context_length: int) -> PackedModel:
-    """Switch the model to packed mode."""
-    with _quiet_transformers():
-        model.set_attn_implementation(ATTENTION_NAME)
-    if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
-        raise UnpackableError("it does not use the attention interface of transformers")
-    # A window that no request outgrows counts as none; the test's sequences must not outgrow it either.
-    return _trial(lambda: PackedModel(model, backend, max(context_length, TEST_LENGTH)))
+    def _test(self, steps: StepModel, plain: PlainLogits | None, share: float) -> None:
+        if plain is not None:
+            self.progress("testing the model", share)
+            _trial(lambda: check_steps(steps, plain, self.files.dtype))
 
 
 def _trial(run: Callable[[], _T]) -> _T:

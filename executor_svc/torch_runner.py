@@ -1,22 +1,28 @@
 """The runner that computes: a transformers model in packed mode, its paged cache and the sampler."""
 
+import hashlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from time import perf_counter
 
 import numpy as np
+import structlog
 import torch
 
 from executor_svc.attention.torch_backend import TorchAttention
 from executor_svc.batch import IntArray, LayerGroup, RunnerInfo, StepBatch, StepOutput
 from executor_svc.config import ExecutorConfig
+from executor_svc.kept_checks import CheckFile, Checks, versions
 from executor_svc.kv_cache import PagedPool
-from executor_svc.machine import available_memory_bytes, usable_core_count
+from executor_svc.machine import available_memory_bytes, resident_bytes, usable_core_count
 from executor_svc.memory import trim
-from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model
-from executor_svc.native.model import NativeDecoder
+from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model, open_folder
+from executor_svc.native.build import library_key, processor
 from executor_svc.pool_geometry import PoolGeometry
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
+
+log = structlog.get_logger()
 
 _CPU_CACHE_LIMIT = 4 << 30
 _TRIAL_DECODE_LENGTH = 1024  # longer rows take a CPU seconds, and no more memory: groups of rows have a limit
@@ -39,7 +45,7 @@ class TorchRunner:
             vocabulary_size=loaded.steps.traits.vocabulary_size,
             end_token_ids=loaded.end_token_ids,
             dtype=str(loaded.dtype).removeprefix("torch."),
-            mode="native" if isinstance(loaded.steps, NativeDecoder) else "packed",
+            mode=loaded.mode,
             layer_groups=pool.geometry.groups,
             block_count=pool.block_count,
             slot_count=config.max_num_seqs,
@@ -60,15 +66,25 @@ class TorchRunner:
         dtype = choose_dtype(config.dtype, device)
         threads = thread_count(config.threads, device)
         torch.set_num_threads(threads)
-        progress("loading the model", 0.0)
         native_threads = (config.threads or usable_core_count()) if device.type == "cpu" and config.native else 0
-        loaded = load_model(config.model, device, dtype, TorchAttention(), config.max_model_len, native_threads)
-        progress("measuring memory", 0.7)
-        _run_largest_step(loaded, config)
+        check_file = _check_file(config, device, dtype, (threads, native_threads))
+        kept = check_file.read() if config.keep_checks else None
+        loaded = load_model(
+            config.model, device, dtype, TorchAttention(), config.max_model_len, native_threads, kept, progress
+        )
+        if kept and kept.mode == loaded.mode:
+            log.info("tested and measured by an earlier start", made_at=kept.made_at, kept_in=str(check_file.path))
+            step_bytes = kept.largest_step_bytes
+        else:
+            progress("running the largest step", 0.7)
+            step_bytes = _run_largest_step(loaded, config)
+            if config.keep_checks and not loaded.failed_native:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                check_file.write(Checks(loaded.mode, step_bytes, now))
         progress("making the cache", 0.9)
         traits = loaded.steps.traits
         geometry = traits.geometry(config.block_size)
-        pool = PagedPool(geometry, _block_count(loaded, geometry, config), traits.cache_dtype, device)
+        pool = PagedPool(geometry, _block_count(loaded, geometry, config, step_bytes), traits.cache_dtype, device)
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config)
@@ -123,6 +139,29 @@ def thread_count(wanted: int, device: torch.device) -> int:
     return max(1, cores - 1) if device.type == "cpu" else cores
 
 
+def _check_file(
+    config: ExecutorConfig, device: torch.device, dtype: torch.dtype, threads: tuple[int, int]
+) -> CheckFile:
+    """Where the results of a start are kept, by whatever could change them."""
+    is_cpu = device.type == "cpu"
+    machine = processor() if is_cpu else str(torch.cuda.get_device_properties(device))
+    return CheckFile(
+        {
+            "model": open_folder(config.model).fingerprint,
+            "dtype": str(dtype),
+            "device": device.type,
+            "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
+            "native_library": library_key() if threads[1] else "",
+            "threads": list(threads),
+            "max_model_len": config.max_model_len,
+            "block_size": config.block_size,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            **versions(),
+        }
+    )
+
+
 def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
     """Compute the step and return the logits of its sampling rows, `[S, vocabulary]`."""
     last_token = np.cumsum(batch.query_lengths) - 1
@@ -131,14 +170,16 @@ def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tenso
     return model.step(batch.query_lengths, batch.context_lengths, batch.block_tables, token_ids, pool, row_index)
 
 
-def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
+def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> int:
     """Run the step that takes most memory: a full token budget of prompt, then every slot decoding.
 
-    One block stands in for the whole cache: what it holds does not matter, only how much is read.
+    Returns the bytes that it took at its peak. One block stands in for the whole cache: what it holds does not matter,
+    only how much is read.
     """
     model = loaded.steps
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+    before, peak_before = _memory(model.device)
     pool = PagedPool(model.traits.geometry(config.block_size), 1, model.traits.cache_dtype, model.device)
     prompt_lengths = _split(config.max_num_batched_tokens, loaded.context_length)
     slot_count = config.max_num_seqs
@@ -157,6 +198,15 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> None:
             token_ids = torch.zeros(int(query_lengths.sum()), dtype=torch.int64, device=model.device)
             rows = torch.arange(min(slot_count, len(token_ids)), device=model.device)
             model.step(query_lengths, context_lengths, tables, token_ids, pool, rows).float().argmax(-1).cpu()
+    after, peak = _memory(model.device)
+    return max(0, (peak if peak > peak_before else after) - before)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that the model takes on its device now, and the most that it took."""
+    if device.type == "cpu":
+        return resident_bytes()
+    return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
 
 
 def _split(total: int, limit: int) -> IntArray:
@@ -165,11 +215,11 @@ def _split(total: int, limit: int) -> IntArray:
     return np.array([limit] * whole + [rest] * (rest > 0), dtype=np.int64)
 
 
-def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig) -> int:
-    """Blocks that fit, at most as many as all slots with full contexts could use."""
+def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig, step_bytes: int) -> int:
+    """Blocks that fit beside a step of `step_bytes`, at most as many as all slots with full contexts could use."""
     device = loaded.steps.device
     block_bytes = geometry.block_elements * loaded.steps.traits.cache_dtype.itemsize
-    budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization)
+    budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization, step_bytes)
     usable = config.max_num_seqs * sum(
         _most_blocks(group, loaded.context_length, config.max_num_batched_tokens) for group in geometry.groups
     )
@@ -201,12 +251,11 @@ def _most_blocks(group: LayerGroup, context_length: int, step_token_count: int) 
     return min(-(-context_length // group.block_size), -(-span // group.block_size) + 2)
 
 
-def _measured_budget(device: torch.device, memory_utilization: float) -> int:
-    """Bytes for the cache, now that weights are loaded and the largest step has run."""
+def _measured_budget(device: torch.device, memory_utilization: float, step_bytes: int) -> int:
+    """Bytes for the cache, now that weights are loaded."""
     if device.type == "cpu":
-        return min(_CPU_CACHE_LIMIT, available_memory_bytes() // 4)
+        return min(_CPU_CACHE_LIMIT, max(0, available_memory_bytes() - step_bytes) // 4)
     free, total = torch.cuda.mem_get_info(device)
     used_by_others = total - free - torch.cuda.memory_reserved(device)
-    peak = torch.cuda.max_memory_reserved(device)
     torch.cuda.empty_cache()
-    return max(0, int(memory_utilization * total) - peak - used_by_others)
+    return max(0, int(memory_utilization * total) - torch.cuda.memory_reserved(device) - step_bytes - used_by_others)

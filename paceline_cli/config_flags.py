@@ -67,6 +67,11 @@ _FLAGS = {
     "device": _flag("--device", _MODEL, "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", metavar="DEVICE"),
     "dtype": _flag("--dtype", _MODEL, "float32, bfloat16 or float16; auto suits the device.", metavar="TYPE"),
     "threads": _count("--threads", _MODEL, "CPU threads of one executor; 0 lets it choose.", 0),
+    "keep_checks": _flag(
+        "--keep-checks/--no-keep-checks",
+        _MODEL,
+        "Use the self-test and measurements of an earlier start, or keep them.",
+    ),
     "native": _flag("--native/--no-native", _MODEL, "On a CPU: steps in C++ where possible, else in torch."),
     "max_model_len": _count("--max-model-len", _MODEL, "Tokens of prompt and output together; 0: the model's.", 0),
     "block_size": _count("--block-size", _MODEL, "Tokens of one cache block, a power of two."),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from threading import Lock
 
 from executor_svc.cache_home import default_cache_home
 
@@ -19,6 +20,7 @@ _FLAGS = (
 )  # fmt: skip
 _COMPILERS = ("c++", "g++", "clang++")
 _TIME_LIMIT_S = 120
+_building = Lock()  # it may have been begun early, on another thread
 
 
 class NativeUnavailableError(Exception):
@@ -30,11 +32,20 @@ def library_path() -> Path:
     compiler = _compiler()
     try:
         path = default_cache_home() / "native" / f"step-{_key(compiler)}.so"
-        if not path.exists():
-            _build(compiler, path)
+        with _building:
+            if not path.exists():
+                _build(compiler, path)
     except (OSError, RuntimeError) as error:
         raise NativeUnavailableError(f"the library cannot be kept: {error}; set PACELINE_CACHE") from error
     return path
+
+
+def library_key() -> str:
+    """What the library would be kept by; empty where it cannot be built."""
+    try:
+        return _key(_compiler())
+    except (NativeUnavailableError, OSError, RuntimeError):
+        return ""
 
 
 def _compiler() -> str:
@@ -51,12 +62,12 @@ def _key(compiler: str) -> str:
     digest = hashlib.blake2b(digest_size=10)
     for source in sorted(_SOURCES.glob("*.h")) + sorted(_SOURCES.glob("*.cpp")):
         digest.update(source.read_bytes())
-    for text in (*_FLAGS, compiler, str(Path(compiler).resolve().stat().st_mtime_ns), _processor()):
+    for text in (*_FLAGS, compiler, str(Path(compiler).resolve().stat().st_mtime_ns), processor()):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
     """What `-march=native` goes by."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

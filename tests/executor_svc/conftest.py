@@ -35,6 +35,7 @@ def load_folder(folder: Path, **settings: Any) -> TorchRunner:
         "dtype": "float32",
         "threads": 1,
         "block_size": 4,
+        "keep_checks": False,
         "cache_memory_bytes": 4 << 20,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,

@@ -43,7 +43,7 @@ def test_it_is_built_once(fresh, monkeypatch):
 def test_another_processor_builds_its_own(fresh, monkeypatch):
     """A folder that several machines share must not hand one's instructions to the other."""
     path = library_path()
-    monkeypatch.setattr(build, "_processor", lambda: "model name: another")
+    monkeypatch.setattr(build, "processor", lambda: "model name: another")
 
     assert library_path() != path
 

@@ -27,7 +27,13 @@ def requests(count: int = 4, **sampling) -> list[DrivenRequest]:
 
 
 def load(folder, **settings) -> TorchRunner:
-    config = {"device": "cpu", "dtype": "float32", "threads": 1, "cache_memory_bytes": 4 << 20} | settings
+    config = {
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "cache_memory_bytes": 4 << 20,
+        "keep_checks": False,
+    } | settings
     return TorchRunner.load(ExecutorConfig(model=str(folder), **config), lambda phase, fraction: None)
 
 
@@ -79,7 +85,9 @@ def test_refuses_layers_that_keep_different_types(load_runner):
 def test_reports_progress_up_to_the_end(serving_folder):
     """A loading executor shows how far it is; standing still would look like a hang."""
     seen = []
-    config = ExecutorConfig(model=str(serving_folder("llama")), dtype="float32", threads=1, cache_memory_bytes=1 << 20)
+    config = ExecutorConfig(
+        model=str(serving_folder("llama")), dtype="float32", threads=1, cache_memory_bytes=1 << 20, keep_checks=False
+    )
     TorchRunner.load(config, lambda phase, fraction: seen.append((phase, fraction)))
 
     fractions = [fraction for _, fraction in seen]
