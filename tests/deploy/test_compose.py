@@ -126,7 +126,7 @@ def test_containers_set_only_what_their_command_reads(name):
     """A misspelt variable is ignored without a word, and the default holds."""
     given = {variable for variable in SERVICES[name]["environment"] if variable.startswith("PACELINE_")}
 
-    assert given <= variables(*VERBS[name])
+    assert given <= variables(*VERBS[name]) | {"PACELINE_CACHE"}
 
 
 def test_the_gpu_file_changes_services_that_there_are():
@@ -166,9 +166,22 @@ def test_our_images_run_as_a_user_of_their_own():
     run = stages()["run"]
 
     assert re.search(r"^USER 10001$", run, re.MULTILINE)
-    for target in ("scheduler", "executor", "autoscaler"):
-        assert "USER" not in stages()[target]
-        assert re.search(rf"^FROM run AS {target}$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert re.findall(r"^USER (\w+)$", stages()["run-executor"], re.MULTILINE)[-1] == "10001"
+    for target, base in (
+        ("scheduler", "run"),
+        ("run-executor", "run"),
+        ("executor", "run-executor"),
+        ("autoscaler", "run"),
+    ):
+        assert "USER" not in stages()[target] or target == "run-executor"
+        assert re.search(rf"^FROM {base} AS {target}$", DOCKERFILE.read_text(), re.MULTILINE)
+
+
+def test_executors_can_build_their_steps_and_keep_them():
+    """Without a compiler, or a place of their own to write to, they would run in torch, at a third of the speed."""
+    assert re.search(r"apt-get install .*\bg\+\+", stages()["run-executor"])
+    assert "install -d -o 10001 /cache" in stages()["run-executor"]
+    assert SERVICES["executor"]["environment"]["PACELINE_CACHE"] in mounts("executor")
 
 
 @every_service
