@@ -292,9 +292,7 @@ class _Start:
         plain = None if self._is_proven("native") else self._converted_logits()
         self.progress("packing the weights", 0.3)
         try:
-            native = NativeDecoder(
-                self.files.mapped(), self.files.dtype, traits, self.context_length, thread_count
-            )
+            native = NativeDecoder(self.files.mapped(), self.files.dtype, traits, self.context_length, thread_count)
         except (NativeUnavailableError, ModelError):
             raise
         except Exception as error:

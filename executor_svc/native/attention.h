@@ -1,4 +1,9 @@
 // Attention over block tables. Softmax goes along with the keys, so that no context is too long for the scores.
+//
+// Blocks lie anywhere in memory, where a processor does not guess what comes next: while it works on some keys and values
+// it is told to fetch those that follow, a line or two with each load. Keys are read as rows and turned into columns in
+// registers, which pays the more queries look at them: so tokens of one row go together, and so do rows whose first
+// blocks are the same ones, over what they share.
 #pragma once
 
 #include "model.h"
@@ -7,8 +12,9 @@
 
 namespace paceline {
 
-constexpr int64_t KEYS = 64;            // keys at a time, a multiple of 16
-constexpr int64_t SHORTEST_PART = 256;  // keys of a part: merging costs about as much as some keys
+constexpr int64_t KEYS = 64;              // keys at a time, a multiple of 16
+constexpr int64_t SHORTEST_PART = 256;    // keys of a part: merging costs about as much as some keys
+constexpr int64_t SHORTEST_ALIKE = KEYS;  // positions that rows must share to be worked on together
 
 #if defined(__AVX512F__)
 // 16 rows of 16 dwords each become 16 columns.
@@ -105,6 +111,9 @@ struct Sums {
 
     static int64_t size(int64_t dim) { return QUERIES * (dim + 2); }
     Sums(float *memory, int64_t dim) : sums(memory), weight(memory + QUERIES * dim), highest(weight + QUERIES) {}
+    Sums(float *sums, float *weight, float *highest) : sums(sums), weight(weight), highest(highest) {}
+
+    Sums from(int64_t query, int64_t dim) const { return {sums + query * dim, weight + query, highest + query}; }
 
     void clear(int64_t count, int64_t dim) const {
         std::memset(sums, 0, count * dim * sizeof(float));
@@ -156,50 +165,88 @@ template <class T> struct Attention {
     }
 
     int64_t shared() const { return m.heads / m.key_heads; }
-    int64_t position(int64_t row, int64_t token) const { return s.context[row] - s.row_start[row + 1] + token; }
+    int64_t position(const Piece &piece, int64_t token) const {
+        const int64_t row = piece.row_of(token);
+        return s.context[row] - s.row_start[row + 1] + piece.first + token;
+    }
 
-    int64_t last_seen(const Piece &piece) const { return position(piece.row, piece.first + piece.count - 1); }
-    int64_t first_seen(const Piece &piece) const {
-        return layer.window ? std::max<int64_t>(0, position(piece.row, piece.first) + 1 - layer.window) : 0;
+    // Keys of one row that are seen by some tokens one after the other.
+    struct Run {
+        int64_t row, begin, end;
+    };
+
+    // What all tokens of a piece see by the table of its first row. Of a piece whose rows begin alike: of what they
+    // share.
+    Run run(const Piece &piece) const {
+        const int64_t first = layer.window ? std::max<int64_t>(0, position(piece, 0) + 1 - layer.window) : 0;
+        if (!piece.alike) return {piece.row, first, position(piece, piece.count - 1) + 1};
+        int64_t begin = first;
+        for (int64_t t = 1; t < piece.count && layer.window; t++)
+            begin = std::min(begin, std::max<int64_t>(0, position(piece, t) + 1 - layer.window));
+        return {piece.row, std::min(begin, piece.alike), piece.alike};
+    }
+
+    // What token `t` of a piece whose rows begin alike sees beyond that.
+    Run rest(const Piece &piece, int64_t t) const {
+        const int64_t first = layer.window ? std::max<int64_t>(0, position(piece, t) + 1 - layer.window) : 0;
+        return {piece.row + t, std::max(first, piece.alike), position(piece, t) + 1};
     }
 
     // Sum up a share, each key head's into `sums` of its own. Keys of several heads lie side by side, so they are taken
     // together; those that come next are fetched meanwhile, at the end those of the piece `after`.
     void attend(const Piece &piece, const Share &share, const Piece *after, float *memory) const {
-        const int64_t dim = m.dim, count = piece.count * shared(), first = first_seen(piece), last = last_seen(piece);
-        const int64_t length = ((last - first) / share.parts / KEYS + 1) * KEYS;  // of a part
-        const int64_t begin = first + share.part * length, end = std::min(last + 1, begin + length);
-        for (int64_t h = 0; h < share.heads; h++) Sums(memory + h * Sums::size(dim), dim).clear(count, dim);
+        for (int64_t h = 0; h < share.heads; h++) sums_of(memory, h).clear(piece.count * shared(), m.dim);
+        const Run whole = run(piece), last = after ? run(*after) : Run{0, 0, 0};
+        if (!piece.alike) {
+            const int64_t length = ((whole.end - 1 - whole.begin) / share.parts / KEYS + 1) * KEYS;  // of a part
+            const int64_t begin = whole.begin + share.part * length;
+            walk({whole.row, begin, std::min(whole.end, begin + length)}, last, piece, 0, share, memory);
+            return;
+        }
+        walk(whole, rest(piece, 0), piece, 0, share, memory);
+        for (int64_t t = 0; t < piece.count; t++) {
+            const Piece one{piece.row + t, piece.first + t, 1, 0};
+            walk(rest(piece, t), t + 1 < piece.count ? rest(piece, t + 1) : last, one, t * shared(), share, memory);
+        }
+    }
+
+    Sums sums_of(float *memory, int64_t head) const { return {memory + head * Sums::size(m.dim), m.dim}; }
+
+    // Add the keys of a run to the sums of a piece, which begin at query `offset`; `after` is the run that comes next.
+    void walk(const Run &run, const Run &after, const Piece &piece, int64_t offset, const Share &share,
+              float *memory) const {
         Keys now, next;
-        locate(piece.row, begin, end, now);
-        for (int64_t start = begin; start < end; start += KEYS, std::swap(now, next)) {
-            if (start + KEYS < end || !after) locate(piece.row, start + KEYS, end, next);
-            else locate(after->row, first_seen(*after), last_seen(*after) + 1, next);
-            for (int64_t h = 0; h < share.heads; h++) {
-                take_in(piece, share.head + h, start, now, next, Sums(memory + h * Sums::size(dim), dim));
-            }
+        locate(run.row, run.begin, run.end, now);
+        for (int64_t start = run.begin; start < run.end; start += KEYS, std::swap(now, next)) {
+            if (start + KEYS < run.end) locate(run.row, start + KEYS, run.end, next);
+            else locate(after.row, after.begin, after.end, next);
+            for (int64_t h = 0; h < share.heads; h++)
+                take_in(piece, share.head + h, start, now, next, sums_of(memory, h).from(offset, m.dim));
         }
     }
 
     // Add one lot of keys, whose first has position `start`, to the sums of a key head.
-    void take_in(const Piece &piece, int64_t key_head, int64_t start, const Keys &keys, const Keys &next, const Sums &sums) const {
-        const int64_t dim = m.dim, count = piece.count * shared();
+    void take_in(const Piece &piece, int64_t key_head, int64_t start, const Keys &keys, const Keys &next,
+                 const Sums &sums) const {
+        const int64_t dim = m.dim, count = piece.count * shared(), head = key_head * dim;
         alignas(64) T q[QUERIES * 256];
         alignas(64) float scores[QUERIES * KEYS];
         for (int64_t t = 0; t < piece.count; t++)
             std::memcpy(q + t * shared() * dim, queries + ((piece.first + t) * m.heads + key_head * shared()) * dim,
                         shared() * dim * sizeof(T));
-        const T *rows[KEYS], *later[KEYS];
-        for (int64_t i = 0; i < (keys.size + 15) / 16 * 16; i++) rows[i] = keys.keys[i] + key_head * dim, later[i] = i < next.size ? next.keys[i] + key_head * dim : rows[i];
-        for (int64_t i = 0; i < keys.size; i += 16) score(q, count, dim, rows + i, later + i, scores + i);
+        const T *here[KEYS], *later[KEYS];
+        for (int64_t i = 0; i < (keys.size + 15) / 16 * 16; i++)
+            here[i] = keys.keys[i] + head, later[i] = i < next.size ? next.keys[i] + head : here[i];
+        for (int64_t i = 0; i < keys.size; i += 16) score(q, count, dim, here + i, later + i, scores + i);
         for (int64_t i = 0; i < count; i++) {
-            const int64_t place = position(piece.row, piece.first + i / shared());
+            const int64_t place = position(piece, i / shared());
             const int64_t from = layer.window ? std::max<int64_t>(0, place + 1 - layer.window - start) : 0;
             const int64_t until = std::min(keys.size, place + 1 - start);
             take(scores + i * KEYS, keys.size, from, until, sums.sums + i * dim, sums.weight[i], sums.highest[i]);
         }
-        for (int64_t i = 0; i < keys.size; i++) rows[i] = keys.values[i] + key_head * dim, later[i] = i < next.size ? next.values[i] + key_head * dim : rows[i];
-        spread(scores, rows, later, keys.size, count, sums.sums);
+        for (int64_t i = 0; i < keys.size; i++)
+            here[i] = keys.values[i] + head, later[i] = i < next.size ? next.values[i] + head : here[i];
+        spread(scores, here, later, keys.size, count, sums.sums);
     }
 
     void put_out(const Piece &piece, int64_t key_head, const Sums &sums) const {
@@ -212,7 +259,8 @@ template <class T> struct Attention {
 
     // Turn the scores of one query into weights: those of keys [from, until) count, of `size` that were scored. What it
     // had summed up before is scaled to the new highest score.
-    void take(float *scores, int64_t size, int64_t from, int64_t until, float *sums, float &weight, float &highest) const {
+    void take(float *scores, int64_t size, int64_t from, int64_t until, float *sums, float &weight,
+              float &highest) const {
         const int64_t end = (size + 15) / 16 * 16;
         for (int64_t i = 0; i < std::min(from, end); i++) scores[i] = -INFINITY;
         for (int64_t i = std::max<int64_t>(0, until); i < end; i++) scores[i] = -INFINITY;
@@ -240,23 +288,32 @@ template <class T> struct Attention {
         weight += sum(total);
     }
 
-    // sums += weights @ values. Values are read once for several queries, 64 numbers of a head at a time.
-    void spread(const float *weights, const T *const *values, const T *const *next, int64_t size, int64_t count, float *sums) const {
+    // sums += weights @ values. Values are read once for several queries, 64 numbers of a head at a time; the `next`
+    // ones are fetched meanwhile.
+    void spread(const float *weights, const T *const *values, const T *const *next, int64_t size, int64_t count,
+                float *sums) const {
         int64_t d = 0;
         for (; d + 64 <= m.dim; d += 64) spread_over<4>(weights, values, next, size, count, sums, d);
         for (; d < m.dim; d += 16) spread_over<1>(weights, values, next, size, count, sums, d);
     }
 
-    template <int W> void spread_over(const float *weights, const T *const *values, const T *const *next, int64_t size, int64_t count,
-                                      float *sums, int64_t d) const {
+    template <int W>
+    void spread_over(const float *weights, const T *const *values, const T *const *next, int64_t size, int64_t count,
+                     float *sums, int64_t d) const {
         int64_t i = 0;
         for (; i + 6 <= count; i += 6) spread_to<6, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
-        for (; i + 3 <= count; i += 3) spread_to<3, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
-        for (; i < count; i++) spread_to<1, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
+        switch (count - i) {
+            case 5: spread_to<5, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d); break;
+            case 4: spread_to<4, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d); break;
+            case 3: spread_to<3, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d); break;
+            case 2: spread_to<2, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d); break;
+            case 1: spread_to<1, W>(weights + i * KEYS, values, next, size, sums + i * m.dim, d);
+        }
     }
 
     template <int Q, int W>
-    void spread_to(const float *weights, const T *const *values, const T *const *next, int64_t size, float *sums, int64_t d) const {
+    void spread_to(const float *weights, const T *const *values, const T *const *next, int64_t size, float *sums,
+                   int64_t d) const {
         vec totals[Q][W];
         for (int q = 0; q < Q; q++)
             for (int w = 0; w < W; w++) totals[q][w] = at(sums + q * m.dim + d + 16 * w);

@@ -110,7 +110,8 @@ inline int64_t likeliest(const float *x, int64_t count, float &highest) {
         for (int lane = 0; lane < 16; lane++) {
             const int64_t index = where[w][lane] + 16 * w + lane;
             is_nan |= none[w][lane] != 0;
-            if (best[w][lane] > highest || (best[w][lane] == highest && index < place)) highest = best[w][lane], place = index;
+            const bool is_first = best[w][lane] == highest && index < place;
+            if (best[w][lane] > highest || is_first) highest = best[w][lane], place = index;
         }
     for (; i < count; i++) {
         is_nan |= x[i] != x[i];

@@ -7,14 +7,14 @@ namespace paceline {
 
 enum class Into { STORE, ADD, GATED };  // GATED: a block is 16 gates and their 16 ups, and gives 16 numbers
 
-// What to fetch from memory while a tile is computed: some of what comes next, a little with every input.
-struct Ahead {
+// What to fetch from memory while a tile is computed: F lines with every step of its loop, which are `step` bytes on
+// from those of the step before.
+template <int F> struct Ahead {
     const char *at;
     int64_t step;
 
     void fetch(int64_t k) const {
-        __builtin_prefetch(at + k * step);
-        __builtin_prefetch(at + k * step + step / 2);
+        for (int f = 0; f < F; f++) __builtin_prefetch(at + k * step + f * 64);
     }
 };
 
@@ -48,7 +48,7 @@ inline void finish(const Product<T> &p, int64_t row, int64_t block, vec low, vec
     at(to + 16) = high;
 }
 
-template <int R, Into into> void tile(const Product<float> &p, int64_t row, int64_t block, Ahead ahead) {
+template <int R, Into into, int F> void tile(const Product<float> &p, int64_t row, int64_t block, Ahead<F> ahead) {
     const float *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
     vec low[R] = {}, high[R] = {};
     for (int64_t k = 0; k < p.inputs; k++) {
@@ -65,7 +65,7 @@ template <int R, Into into> void tile(const Product<float> &p, int64_t row, int6
 }
 
 #if HAS_BF16
-template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64_t block, Ahead ahead) {
+template <int R, Into into, int F> void tile(const Product<bf16> &p, int64_t row, int64_t block, Ahead<F> ahead) {
     const bf16 *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
     constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // sums that do not wait for each other
     __m512 low[R * U], high[R * U];
@@ -101,30 +101,36 @@ template <int R, Into into> void tile(const Product<bf16> &p, int64_t row, int64
 }
 #endif
 
-template <Into into, class T, int R> struct Tiles {
-    static void one(const Product<T> &p, int64_t row, int64_t count, int64_t block, Ahead ahead) {
-        if (count == R) tile<R, into>(p, row, block, ahead);
-        else Tiles<into, T, R - 1>::one(p, row, count, block, ahead);
+template <Into into, class T, int F, int R> struct Tiles {
+    static void one(const Product<T> &p, int64_t row, int64_t count, int64_t block, Ahead<F> ahead) {
+        if (count == R) tile<R, into, F>(p, row, block, ahead);
+        else Tiles<into, T, F, R - 1>::one(p, row, count, block, ahead);
     }
 };
-template <Into into, class T> struct Tiles<into, T, 0> {
-    static void one(const Product<T> &, int64_t, int64_t, int64_t, Ahead) {}
+template <Into into, class T, int F> struct Tiles<into, T, F, 0> {
+    static void one(const Product<T> &, int64_t, int64_t, int64_t, Ahead<F>) {}
 };
 
-// One block of 32 outputs, for all rows, in tiles of about the same size: its weights stay in the cache meanwhile, and
-// those of block `next`, or what there is of it, are fetched there. A single tile fetches what it needs itself soon.
-template <Into into, class T> void multiply(const Product<T> &p, int64_t block, int64_t next) {
+// All rows in tiles of about the same size; each has its part of what is to be fetched from `there` on.
+template <int F, Into into, class T> void tiles(const Product<T> &p, int64_t block, int64_t count, const char *there) {
     constexpr int64_t line = 32 * 4;  // bytes of weights that go with each step of a tile's loop
-    const int64_t tiles = (p.rows + TILE - 1) / TILE, steps = p.inputs * int64_t(sizeof(T)) / 4;
-    const char *here = reinterpret_cast<const char *>(p.weights + block * 32 * p.inputs);
-    const char *there = reinterpret_cast<const char *>(p.weights + std::min(next, p.outputs / 32 - 1) * 32 * p.inputs);
-    int64_t row = 0;
-    for (int64_t i = 0; i < tiles; i++) {
-        const int64_t count = (p.rows - row) / (tiles - i);
-        const Ahead ahead = tiles == 1 ? Ahead{here + 4096, line} : Ahead{there + i * steps * line / tiles, line / tiles};
-        Tiles<into, T, TILE>::one(p, row, count, block, ahead);
-        row += count;
+    const int64_t steps = p.inputs * int64_t(sizeof(T)) / 4;
+    for (int64_t i = 0, row = 0; i < count; i++) {
+        const int64_t size = (p.rows - row) / (count - i);
+        Tiles<into, T, F, TILE>::one(p, row, size, block, {there + i * steps * line / count, line / count});
+        row += size;
     }
+}
+
+// One block of 32 outputs, for all rows: its weights stay in the cache meanwhile, and those of block `next` are fetched
+// there. A single tile fetches what it needs itself soon; among many tiles the first, which waits, does not count.
+template <Into into, class T> void multiply(const Product<T> &p, int64_t block, int64_t next) {
+    const T *here = p.weights + block * 32 * p.inputs;
+    const T *there = p.weights + std::min(next, p.outputs / 32 - 1) * 32 * p.inputs;
+    const int64_t count = (p.rows + TILE - 1) / TILE;
+    if (count == 1) tiles<2, into>(p, block, count, reinterpret_cast<const char *>(here) + 4096);
+    else if (count <= 8) tiles<1, into>(p, block, count, reinterpret_cast<const char *>(there));
+    else tiles<0, into>(p, block, count, nullptr);
 }
 
 }  // namespace paceline

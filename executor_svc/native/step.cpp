@@ -58,8 +58,9 @@ template <class T> struct Program {
         }
     }
 
-    template <Into into> void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
-                                      int64_t outputs, float *to, T *gated = nullptr) {
+    template <Into into>
+    void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
+                 int64_t outputs, float *to, T *gated = nullptr) {
         const Product<T> p{x, static_cast<const T *>(weights), bias, rows, inputs, outputs, to, gated};
         const int64_t blocks = outputs / 32;
         if (rows <= TILE) {  // weights are read once, so that those of blocks in a row come as one stream
@@ -78,7 +79,9 @@ template <class T> struct Program {
     }
 
     void norms(const float *weight) {
-        deal(NORM, s.token_count, 4, [&](int64_t t, int64_t) { norm(s.x + t * m.hidden, weight, normed + t * m.hidden); });
+        deal(NORM, s.token_count, 4, [&](int64_t t, int64_t) {
+            norm(s.x + t * m.hidden, weight, normed + t * m.hidden);
+        });
     }
 
     // Norm of a head where the model has one, then its rotation: x * cos + (-second half, first half) * sin.
@@ -123,7 +126,8 @@ template <class T> struct Program {
             const int64_t count = pieces.size();
             deal(ATTENTION, count, 1, [&](int64_t i, int64_t next) {
                 attention.attend(pieces[i], {0, m.key_heads, 0, 1}, next < count ? &pieces[next] : nullptr, sums.data());
-                for (int64_t h = 0; h < m.key_heads; h++) attention.put_out(pieces[i], h, {sums.data() + h * size, m.dim});
+                for (int64_t h = 0; h < m.key_heads; h++)
+                    attention.put_out(pieces[i], h, {sums.data() + h * size, m.dim});
             });
             return;
         }
@@ -147,42 +151,85 @@ template <class T> struct Program {
         norms(layer.norm1);
         product<Into::STORE>(QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
         deal(WRITE, pieces.size(), 1, [&](int64_t i, int64_t) {
-            for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row, pieces[i].first + t);
+            for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row_of(t), pieces[i].first + t);
         });
         attend({m, layer, s, queries, attended});
         product<Into::ADD>(OUT, attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, s.x);
         norms(layer.norm2);
-        product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr, inner);
+        product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr,
+                             inner);
         product<Into::ADD>(DOWN, inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, s.x);
     }
 
     void run() {
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
-        deal(NORM, s.sampled_count, 4, [&](int64_t i, int64_t) { norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden); });
-        product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary), s.logits);
+        deal(NORM, s.sampled_count, 4, [&](int64_t i, int64_t) {
+            norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden);
+        });
+        product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary),
+                             s.logits);
         deal(OUTPUT, s.sampled_count, 1, [&](int64_t i, int64_t) {
             s.likeliest[i] = likeliest(s.logits + i * padded(m.vocabulary), m.vocabulary, s.highest[i]);
         });
     }
 };
 
-// Cut the attention of a step into what threads take one by one.
-void cut(Team &team) {
+// Positions at which two rows have the same blocks, in all groups; of those that both have in the cache already.
+int64_t alike(const Model &m, const Step &s, int64_t row, int64_t other) {
+    int64_t count = std::min(s.context[row], s.context[other]) - 1;
+    for (int64_t l = 0; l < m.layer_count; l++) {
+        const Layer &layer = m.layers[l];
+        if (l > 0 && layer.group == m.layers[l - 1].group) continue;
+        const int32_t *table = s.tables[layer.group] + row * s.widths[layer.group];
+        const int32_t *others = s.tables[layer.group] + other * s.widths[layer.group];
+        int64_t blocks = 0;
+        while ((blocks + 1) * layer.block_size <= count && table[blocks] == others[blocks]) blocks++;
+        count = std::min(count, blocks * layer.block_size);
+    }
+    return count;
+}
+
+// Rows from `row` on that compute one token each and begin alike, at most `most`; and how much they share.
+Piece alike_from(const Model &m, const Step &s, int64_t row, int64_t most) {
+    Piece piece{row, s.row_start[row], 1, 0};
+    for (int64_t other = row + 1; other < s.row_count && piece.count < most; other++, piece.count++) {
+        if (s.row_start[other + 1] - s.row_start[other] != 1) break;
+        const int64_t count = alike(m, s, row, other);
+        if (count < SHORTEST_ALIKE || (piece.alike && count < piece.alike / 2)) break;
+        piece.alike = piece.alike ? std::min(piece.alike, count) : count;
+    }
+    return piece;
+}
+
+// Cut the attention of a step into what threads take one by one: some tokens of a row, or rows that begin alike.
+void cut_into_pieces(Team &team, bool joins) {
     const Model &m = *team.model;
     const Step &s = *team.step;
     const int64_t together = std::max<int64_t>(1, QUERIES / (m.heads / m.key_heads));
-    int64_t longest = 0;
     team.pieces.clear();
     for (int64_t row = 0; row < s.row_count; row++) {
-        longest = std::max(longest, s.context[row]);
-        for (int64_t t = s.row_start[row]; t < s.row_start[row + 1]; t += together)
-            team.pieces.push_back({row, t, std::min(together, s.row_start[row + 1] - t)});
+        const int64_t begin = s.row_start[row], end = s.row_start[row + 1];
+        if (joins && end - begin == 1) {
+            team.pieces.push_back(alike_from(m, s, row, together));
+            row += team.pieces.back().count - 1;
+            continue;
+        }
+        for (int64_t t = begin; t < end; t += together) team.pieces.push_back({row, t, std::min(together, end - t), 0});
     }
-    const int64_t pieces = team.pieces.size(), wanted = 4 * team.barrier.count;  // so that nobody waits for long
+}
+
+void cut(Team &team) {
+    const int64_t threads = team.barrier.count, wanted = threads == 1 ? 1 : 4 * threads;  // so that nobody waits for long
+    cut_into_pieces(team, true);
     team.parts = 0;
-    if (team.barrier.count == 1 || pieces >= wanted) return;
-    team.parts = std::max<int64_t>(1, std::min(longest / SHORTEST_PART, wanted / (pieces * m.key_heads) + 1));
-    team.partial.resize(pieces * m.key_heads * team.parts * Sums::size(m.dim));
+    if (int64_t(team.pieces.size()) >= wanted) return;
+    cut_into_pieces(team, false);
+    const int64_t pieces = team.pieces.size(), heads = team.model->key_heads;
+    if (pieces >= wanted) return;
+    int64_t longest = 0;
+    for (int64_t row = 0; row < team.step->row_count; row++) longest = std::max(longest, team.step->context[row]);
+    team.parts = std::max<int64_t>(1, std::min(longest / SHORTEST_PART, wanted / (pieces * heads) + 1));
+    team.partial.resize(pieces * heads * team.parts * Sums::size(team.model->dim));
 }
 
 void run_program(Team &team, bool keeps_time) {

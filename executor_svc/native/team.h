@@ -13,8 +13,10 @@
 
 namespace paceline {
 
-constexpr int SPINS = 200;   // some microseconds: about as long as a phase is uneven
-constexpr int YIELDS = 100;  // then whoever else wants the core goes first, and in the end the thread sleeps
+// A thread that waits spins for some microseconds, about as long as a phase is uneven. Then it lets whoever else wants its
+// core go first, and in the end it sleeps: to be woken takes longer than most waits.
+constexpr int SPINS = 200;
+constexpr int YIELDS = 1000;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -65,8 +67,12 @@ inline int64_t now_ns() {
 
 constexpr int64_t QUERIES = 16;  // query heads times tokens whose attention is computed together
 
+// Tokens [first, first + count) of the step: all of `row`; or, where `alike` is not 0, one each of `row` and the rows
+// that follow it, whose first `alike` positions are the same blocks.
 struct Piece {
-    int64_t row, first, count;  // tokens [first, first + count) of the step, all of one row
+    int64_t row, first, count, alike;
+
+    int64_t row_of(int64_t token) const { return alike ? row + token : row; }
 };
 
 // Threads that sleep between steps. The caller of a step is one of them.
