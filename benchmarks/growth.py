@@ -77,7 +77,9 @@ def main() -> None:
                 counts.append((number + 1) * each)
                 for name, values in held.items():
                     values.append(psutil.Process(system.pids[name]).memory_info().rss)
-                table.add_row(f"{counts[-1]:,}", *(f"{values[-1] / 2**20:.1f}" for values in held.values()), f"{speed:,.0f}")
+                table.add_row(
+                    f"{counts[-1]:,}", *(f"{values[-1] / 2**20:.1f}" for values in held.values()), f"{speed:,.0f}"
+                )
     table.add_row("bytes a request", *(f"{slope(counts, values):.1f}" for values in held.values()), "")
     Console().print(table)
 
