@@ -56,7 +56,7 @@ class CheckFile:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             return Checks(**content["checks"]) if content["subject"] == self.subject else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, checks: Checks) -> None:
@@ -69,7 +69,7 @@ class CheckFile:
                     json.dumps({"subject": self.subject, "checks": asdict(checks)}, indent=1), encoding="utf-8"
                 )
                 os.replace(written, self.path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # there may be no home
             log.info("the checks of this start cannot be kept", reason=str(error), way_out="set PACELINE_CACHE")
 
 

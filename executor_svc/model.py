@@ -118,7 +118,7 @@ class _ModelFiles:
 
     def mapped(self) -> Any:
         """The model as a view of its files, in their own type: what nobody reads takes no memory."""
-        return self._load(self._stored_dtype()).eval()
+        return self._load(None).eval()
 
     def converted(self) -> Any:
         """The model as transformers runs it, without ever being in memory twice. Only for models of one type."""
@@ -135,13 +135,19 @@ class _ModelFiles:
             return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
 
     def _stored_dtype(self) -> torch.dtype:
-        """The type of the first of the weights, which is that of all of them in most models."""
-        with safe_open(self.path / weight_names(self.path)[0], framework="pt") as stored:
-            name = stored.get_slice(next(iter(stored.keys()))).get_dtype()
-        return _STORED_DTYPES.get(name, self.dtype)
+        """The type of the weights in the files; where they have several, that in which they are served: none of them
+        may be rounded to another's.
+        """
+        names = set()
+        for file in weight_names(self.path):
+            with safe_open(self.path / file, framework="pt") as stored:
+                names |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118  not a dict
+        return _STORED_DTYPES.get(names.pop(), self.dtype) if len(names) == 1 else self.dtype
 
-    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+    def _load(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The model in a type; None: in that of its files."""
         try:
+            dtype = dtype or self._stored_dtype()
             with _quiet_transformers():
                 return AutoModelForCausalLM.from_pretrained(
                     self.path,

@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import structlog
 import torch
 
+from common.serving_folder import weight_names
 from executor_svc.attention.torch_backend import TorchAttention
 from executor_svc.batch import IntArray, LayerGroup, RunnerInfo, StepBatch, StepOutput
 from executor_svc.config import ExecutorConfig
@@ -74,7 +76,8 @@ class TorchRunner:
         )
         if kept and kept.mode == loaded.mode:
             log.info("tested and measured by an earlier start", made_at=kept.made_at, kept_in=str(check_file.path))
-            step_bytes = kept.largest_step_bytes
+            # A GPU runs it again: that also loads what its libraries take beside the cache.
+            step_bytes = kept.largest_step_bytes if device.type == "cpu" else _run_largest_step(loaded, config)
         else:
             progress("running the largest step", 0.7)
             step_bytes = _run_largest_step(loaded, config)
@@ -145,9 +148,12 @@ def _check_file(
     """Where the results of a start are kept, by whatever could change them."""
     is_cpu = device.type == "cpu"
     machine = processor() if is_cpu else str(torch.cuda.get_device_properties(device))
+    folder = open_folder(config.model)
+    stats = {name: (folder.path / name).stat() for name in _model_files(folder.path)}
     return CheckFile(
         {
-            "model": open_folder(config.model).fingerprint,
+            "model": folder.fingerprint,
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
             "dtype": str(dtype),
             "device": device.type,
             "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
@@ -160,6 +166,11 @@ def _check_file(
             **versions(),
         }
     )
+
+
+def _model_files(path: Path) -> list[str]:
+    """What a model is made of, as far as it is there."""
+    return [name for name in ("config.json", *weight_names(path)) if (path / name).is_file()]
 
 
 def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
@@ -178,6 +189,7 @@ def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> int:
     """
     model = loaded.steps
     if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left there would hide what the step takes
         torch.cuda.reset_peak_memory_stats(model.device)
     before, peak_before = _memory(model.device)
     pool = PagedPool(model.traits.geometry(config.block_size), 1, model.traits.cache_dtype, model.device)

@@ -169,8 +169,10 @@ def _tokenizer_of(model: str) -> Tokenizer:
 def _load(model: str, settings: Settings) -> Runner:
     """The model, with room for one request."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the machine may be serving: see `services`
+    from common.logs import configure_logs
     from executor_svc.main import load_runner
 
+    configure_logs("replay", "error")  # what is to be said stands in the table, or in the JSON
     config = ExecutorConfig(model=model, max_num_seqs=1, fake_step_us=0, fake_token_us=0, **settings)
     with terminal.activity(terminal.stderr(), f"Loading {model}") as report:
         return load_runner(config, lambda phase, fraction: report(phase[:1].upper() + phase[1:], fraction))

@@ -7,10 +7,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from executor_svc.attention.torch_backend import TorchAttention
 from executor_svc.kv_cache import PagedPool
-from executor_svc.model import load_model
+from executor_svc.model import ModelError, load_model
 from executor_svc.native import build, library
 from executor_svc.native.build import NativeUnavailableError, library_path
 from executor_svc.native.model import NativeDecoder
@@ -164,6 +165,30 @@ def test_weights_are_in_memory_once(tied, dtype):
     assert model.get_input_embeddings().weight.numel() == (0 if tied else embedding.numel())
     ids = torch.tensor([0, 1, 33, 319, 31])
     assert torch.equal(weights.embed(ids), embedding[ids].to(dtype).float())
+
+
+@needs_compiler
+def test_weights_of_several_types_keep_what_they_have(tmp_path):
+    """Norms are often float32 beside matrices in half a type; rounded, they would be another model's."""
+    folder = save_serving_folder("llama", tmp_path)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    rounded = {name: weight.bfloat16() if weight.dim() > 1 else weight * 1.001 for name, weight in weights.items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+
+    norms = load_folder(folder)._model._weights._kept
+    expected = rounded["model.norm.weight"]
+
+    assert any(kept.shape == expected.shape and torch.equal(kept, expected) for kept in norms)
+
+
+def test_damaged_weights_are_refused_with_a_remedy(tmp_path):
+    """A disk that was full while they were copied is no reason for a traceback."""
+    folder = save_serving_folder("llama", tmp_path)
+    (folder / "model.safetensors").write_bytes(b"\x10\x00")
+
+    with pytest.raises(ModelError, match=r"cannot be loaded.*paceline prepare"):
+        load_folder(folder)
 
 
 def logits_of(loaded, token_ids):
