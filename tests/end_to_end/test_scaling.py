@@ -20,7 +20,7 @@ policies: [{kind: threshold, target: 4, down_window: 1s}]
 cooldowns: {down: 1s, zero: 2s}
 times: {interval: 200ms, finish: 0}
 """
-SERVE = ("--fake-step-us", "20000", "--log-level", "info", "--drain-timeout", "2")
+SERVE = ("--fake-step-us", "20000", "--fake-load-us", "1000000", "--log-level", "info", "--drain-timeout", "2")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_deadline_before_the_next_start_is_told_at_once(served):
         ask(client, 0, 4)
         wait_until(lambda: count_of(client) == 0)
         with pytest.raises(TimedOut, match="no executor is there and the next one takes requests in"):
-            client.generate("too late", max_output_tokens=4, stream=False, timeout_s=0.3)
+            client.generate("too late", max_output_tokens=4, stream=False, timeout_s=1.0)  # a start takes longer
 
 
 def explain(file, address):
