@@ -48,6 +48,7 @@ def test_executors_come_with_the_load_and_go_with_it_and_no_request_fails(served
     """The promise: from none to the limit and back to none, with every answer whole and every decision in the log."""
     with Client(served.address) as client, ThreadPoolExecutor(32) as people:
         assert count_of(client) == 0
+        wait_until(lambda: decisions(served))  # that none is wanted: what comes sooner is what the first one is about
         assert ask(client, 0, 8) == 8  # held until the first one is there
         with asking(client, 24) as token_counts:
             wait_until(lambda: count_of(client) == 3)
