@@ -1,9 +1,10 @@
 """Whether memory grows with the requests that were served: a scheduler and an executor that computes nothing.
 
-    python benchmarks/growth.py --requests 100000 --journal off
+    python benchmarks/growth.py --requests 200000 --journal off
 
 Rounds of equally many requests, 64 at a time, each with a prompt of its own; after each round what both processes hold.
-The least squares line over the second half of the rounds says how many bytes stay for each request.
+The least squares line over the second half of the rounds says how many bytes stay for each request: ended ones are kept
+for a while, so the first half must last longer than that.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Fake(Side):
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--journal", default="on", choices=["on", "off"])
     arguments = parser.parse_args()

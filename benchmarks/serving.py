@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import BenchmarkError
 from benchmarks.figures import Figures, run_json
 from benchmarks.load import ask_all, warm_up
+from benchmarks.peers.processes import peak_kib
 from benchmarks.wanted import Report, Side, Work, thread_count
 from benchmarks.workloads import Workload
 from paceline import Client, PacelineError
@@ -136,12 +136,8 @@ def child_environment() -> dict[str, str]:
 
 def peak_mib(pid: int | str | None) -> float | None:
     """The most memory that a process has had; None where that cannot be known."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), None)
-    return None if peak is None else round(int(peak) / 1024, 1)
+    kib = peak_kib(pid) if pid is not None else 0
+    return round(kib / 1024, 1) if kib else None
 
 
 def last_lines(said: IO[bytes], count: int = 6) -> str:

@@ -23,6 +23,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.offline import capacity_of
 from executor_svc.config import ExecutorConfig
 from executor_svc.executor import Executor
 from executor_svc.main import load_runner
@@ -32,8 +33,7 @@ from paceline.internal.v1 import executor_pb2 as pb
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc
 from scheduler_svc import wire
 from scheduler_svc.config import SchedulerConfig
-from scheduler_svc.core.layer_groups import LayerGroup
-from scheduler_svc.core.plan import Capacity, Inventory, Plan
+from scheduler_svc.core.plan import Inventory, Plan
 from scheduler_svc.fleet import ModelLimits
 from scheduler_svc.main import SchedulerApp, load_model
 from scheduler_svc.observation.step_meter import StepMeter
@@ -57,9 +57,7 @@ class DirectLink:
         self._attachment = Attachment(1, "direct", resume=False)
         self._thread.begin(self._attachment)
         app.fleet.limits = ModelLimits(info.context_length, info.vocabulary_size, info.end_token_ids)
-        groups = tuple(LayerGroup(group.block_size, group.window, group.chunk) for group in info.layer_groups)
-        capacity = Capacity(groups, info.block_count, info.slot_count, info.step_token_count)
-        app.engine.attached(self, capacity, Inventory(0, ()))
+        app.engine.attached(self, capacity_of(runner), Inventory(0, ()))
         self._reading = asyncio.create_task(self._read())
 
     def send(self, plan: Plan) -> None:

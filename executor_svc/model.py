@@ -121,7 +121,7 @@ class _ModelFiles:
         return self._load(None).eval()
 
     def converted(self) -> Any:
-        """The model as transformers runs it, without ever being in memory twice. Only for models of one type."""
+        """The model as transformers runs it, all of it in the type in which it is served, never in memory twice."""
         model = self.mapped()
         for parameter in model.parameters():
             if parameter.dtype != self.dtype:

@@ -1,7 +1,6 @@
 """The runner that computes: a transformers model in packed mode, its paged cache and the sampler."""
 
 import hashlib
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +22,7 @@ from executor_svc.native.build import library_key, processor
 from executor_svc.pool_geometry import PoolGeometry
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
+from executor_svc.start_times import Progress
 
 log = structlog.get_logger()
 
@@ -56,7 +56,7 @@ class TorchRunner:
         )
 
     @classmethod
-    def load(cls, config: ExecutorConfig, progress: Callable[[str, float], None]) -> "TorchRunner":
+    def load(cls, config: ExecutorConfig, progress: Progress) -> "TorchRunner":
         """Load the model, test it, measure what memory is left and make the cache of it.
 
         `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
@@ -74,20 +74,13 @@ class TorchRunner:
         loaded = load_model(
             config.model, device, dtype, TorchAttention(), config.max_model_len, native_threads, kept, progress
         )
-        if kept and kept.mode == loaded.mode:
-            log.info("tested and measured by an earlier start", made_at=kept.made_at, kept_in=str(check_file.path))
-            # A GPU runs it again: that also loads what its libraries take beside the cache.
-            step_bytes = kept.largest_step_bytes if device.type == "cpu" else _run_largest_step(loaded, config)
-        else:
-            progress("running the largest step", 0.7)
-            step_bytes = _run_largest_step(loaded, config)
-            if config.keep_checks and not loaded.failed_native:
-                now = datetime.now(UTC).isoformat(timespec="seconds")
-                check_file.write(Checks(loaded.mode, step_bytes, now))
+        available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
+        step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
         progress("making the cache", 0.9)
         traits = loaded.steps.traits
         geometry = traits.geometry(config.block_size)
-        pool = PagedPool(geometry, _block_count(loaded, geometry, config, step_bytes), traits.cache_dtype, device)
+        budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization, available, step_bytes)
+        pool = PagedPool(geometry, _block_count(loaded, geometry, config, budget), traits.cache_dtype, device)
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config)
@@ -181,6 +174,21 @@ def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tenso
     return model.step(batch.query_lengths, batch.context_lengths, batch.block_tables, token_ids, pool, row_index)
 
 
+def _step_bytes(
+    loaded: LoadedModel, config: ExecutorConfig, kept: Checks | None, check_file: CheckFile, progress: Progress
+) -> int:
+    """What the largest step takes: as an earlier start found it, or as it is found, and kept, now."""
+    if kept and kept.mode == loaded.mode:
+        log.info("tested and measured by an earlier start", made_at=kept.made_at, kept_in=str(check_file.path))
+        if loaded.steps.device.type == "cpu":  # a GPU runs it again, which also loads what its libraries take
+            return kept.largest_step_bytes
+    progress("running the largest step", 0.7)
+    step_bytes = _run_largest_step(loaded, config)
+    if config.keep_checks and not loaded.failed_native:
+        check_file.write(Checks(loaded.mode, step_bytes, datetime.now(UTC).isoformat(timespec="seconds")))
+    return step_bytes
+
+
 def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> int:
     """Run the step that takes most memory: a full token budget of prompt, then every slot decoding.
 
@@ -227,11 +235,9 @@ def _split(total: int, limit: int) -> IntArray:
     return np.array([limit] * whole + [rest] * (rest > 0), dtype=np.int64)
 
 
-def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig, step_bytes: int) -> int:
-    """Blocks that fit beside a step of `step_bytes`, at most as many as all slots with full contexts could use."""
-    device = loaded.steps.device
+def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig, budget: int) -> int:
+    """Blocks that fit into so many bytes, at most as many as all slots with full contexts could use."""
     block_bytes = geometry.block_elements * loaded.steps.traits.cache_dtype.itemsize
-    budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization, step_bytes)
     usable = config.max_num_seqs * sum(
         _most_blocks(group, loaded.context_length, config.max_num_batched_tokens) for group in geometry.groups
     )
@@ -263,10 +269,13 @@ def _most_blocks(group: LayerGroup, context_length: int, step_token_count: int) 
     return min(-(-context_length // group.block_size), -(-span // group.block_size) + 2)
 
 
-def _measured_budget(device: torch.device, memory_utilization: float, step_bytes: int) -> int:
-    """Bytes for the cache, now that weights are loaded."""
+def _measured_budget(device: torch.device, memory_utilization: float, available: int, step_bytes: int) -> int:
+    """Bytes for the cache beside the weights, which are loaded, and a step of `step_bytes`.
+
+    `available` is the host's memory before any step.
+    """
     if device.type == "cpu":
-        return min(_CPU_CACHE_LIMIT, max(0, available_memory_bytes() - step_bytes) // 4)
+        return min(_CPU_CACHE_LIMIT, max(0, available - step_bytes) // 4)
     free, total = torch.cuda.mem_get_info(device)
     used_by_others = total - free - torch.cuda.memory_reserved(device)
     torch.cuda.empty_cache()

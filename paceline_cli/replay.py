@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -168,8 +167,10 @@ def _tokenizer_of(model: str) -> Tokenizer:
 
 def _load(model: str, settings: Settings) -> Runner:
     """The model, with room for one request."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the machine may be serving: see `services`
     from common.logs import configure_logs
+    from executor_svc.machine import calm_openmp
+
+    calm_openmp()  # the machine may be serving
     from executor_svc.main import load_runner
 
     configure_logs("replay", "error")  # what is to be said stands in the table, or in the JSON

@@ -64,7 +64,7 @@ class Server:
 
 def peak_mib(root: int) -> float:
     """The sum of the peaks of a process and of all that descend from it and still run."""
-    return sum(_peak_kib(pid) for pid in [root, *_descendants(root)]) / 1024
+    return sum(peak_kib(pid) for pid in [root, *_descendants(root)]) / 1024
 
 
 def stop_group(process: subprocess.Popen[bytes], patience_s: float = 10) -> None:
@@ -136,7 +136,8 @@ def _descendants(root: int) -> list[int]:
     return found[1:]
 
 
-def _peak_kib(pid: int) -> int:
+def peak_kib(pid: int | str) -> int:
+    """The most memory that a process has had; 0 where that cannot be known."""
     with contextlib.suppress(OSError):  # ended meanwhile
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -21,6 +21,7 @@ _FLAGS = (
 _COMPILERS = ("c++", "g++", "clang++")
 _TIME_LIMIT_S = 120
 _building = Lock()  # it may have been begun early, on another thread
+_failures: dict[Path, str] = {}  # why a library could not be built: who asks again need not wait for that again
 
 
 class NativeUnavailableError(Exception):
@@ -33,8 +34,13 @@ def library_path() -> Path:
     try:
         path = default_cache_home() / "native" / f"step-{_key(compiler)}.so"
         with _building:
+            if path in _failures:
+                raise NativeUnavailableError(_failures[path])
             if not path.exists():
                 _build(compiler, path)
+    except NativeUnavailableError as error:
+        _failures[path] = str(error)
+        raise
     except (OSError, RuntimeError) as error:
         raise NativeUnavailableError(f"the library cannot be kept: {error}; set PACELINE_CACHE") from error
     return path

@@ -41,15 +41,27 @@ template <class T> struct Program {
         qkv = (float *)take(s.token_count * qkv_count() * sizeof(float));
     }
 
-    // Deal out the pieces of a phase, `size` at a time; then wait for everybody. Who works on a piece is told the one
-    // that it gets next, or a number past the last, to have it fetched from memory.
+    // Deal out the pieces of a phase, `size` at a time; then wait for everybody.
     template <class F> void deal(Kind kind, int64_t count, int64_t size, F work) {
         std::atomic<int64_t> &dealt = team.dealt[phase++];
-        for (int64_t i = dealt.fetch_add(size, std::memory_order_relaxed), later; i < count; i = later) {
-            later = dealt.fetch_add(size, std::memory_order_relaxed);
-            const int64_t end = std::min(count, i + size);
-            for (int64_t j = i; j < end; j++) work(j, j + 1 < end ? j + 1 : later);
+        for (int64_t i; (i = dealt.fetch_add(size, std::memory_order_relaxed)) < count;)
+            for (int64_t j = i; j < std::min(count, i + size); j++) work(j);
+        end(kind);
+    }
+
+    // The same, one by one, where a piece begins with waiting for memory: who works on one has taken the next already,
+    // and is told which, or a number past the last.
+    template <class F> void deal_ahead(Kind kind, int64_t count, F work) {
+        std::atomic<int64_t> &dealt = team.dealt[phase++];
+        for (int64_t i = dealt.fetch_add(1, std::memory_order_relaxed), next; i < count; i = next) {
+            next = dealt.fetch_add(1, std::memory_order_relaxed);
+            work(i, next);
         }
+        end(kind);
+    }
+
+    // A phase is over when everybody is through with it.
+    void end(Kind kind) {
         team.barrier.wait();
         if (keeps_time) {
             const int64_t now = now_ns();
@@ -65,9 +77,9 @@ template <class T> struct Program {
         const int64_t blocks = outputs / 32;
         if (rows <= TILE) {  // weights are read once, so that those of blocks in a row come as one stream
             const int64_t size = std::max<int64_t>(1, blocks / (8 * team.barrier.count));
-            deal(kind, blocks, size, [&](int64_t block, int64_t) { multiply<into>(p, block, block); });
+            deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block, block); });
         } else {
-            deal(kind, blocks, 1, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
+            deal_ahead(kind, blocks, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
         }
     }
 
@@ -79,7 +91,7 @@ template <class T> struct Program {
     }
 
     void norms(const float *weight) {
-        deal(NORM, s.token_count, 4, [&](int64_t t, int64_t) {
+        deal(NORM, s.token_count, 4, [&](int64_t t) {
             norm(s.x + t * m.hidden, weight, normed + t * m.hidden);
         });
     }
@@ -124,7 +136,7 @@ template <class T> struct Program {
         const int64_t size = Sums::size(m.dim), parts = team.parts;
         if (parts == 0) {
             const int64_t count = pieces.size();
-            deal(ATTENTION, count, 1, [&](int64_t i, int64_t next) {
+            deal_ahead(ATTENTION, count, [&](int64_t i, int64_t next) {
                 attention.attend(pieces[i], {0, m.key_heads, 0, 1}, next < count ? &pieces[next] : nullptr, sums.data());
                 for (int64_t h = 0; h < m.key_heads; h++)
                     attention.put_out(pieces[i], h, {sums.data() + h * size, m.dim});
@@ -132,13 +144,13 @@ template <class T> struct Program {
             return;
         }
         float *partial = team.partial.data();
-        deal(ATTENTION, pieces.size() * m.key_heads * parts, 1, [&](int64_t i, int64_t) {
+        deal(ATTENTION, pieces.size() * m.key_heads * parts, 1, [&](int64_t i) {
             const Piece &piece = pieces[i / parts / m.key_heads];
             attention.attend(piece, {i / parts % m.key_heads, 1, i % parts, parts}, nullptr, partial + i * size);
             if (parts == 1) attention.put_out(piece, i % m.key_heads, {partial + i * size, m.dim});
         });
         if (parts == 1) return;
-        deal(ATTENTION, pieces.size() * m.key_heads, 1, [&](int64_t i, int64_t) {
+        deal(ATTENTION, pieces.size() * m.key_heads, 1, [&](int64_t i) {
             const Piece &piece = pieces[i / m.key_heads];
             const Sums whole(partial + i * parts * size, m.dim);
             for (int64_t part = 1; part < parts; part++)
@@ -150,7 +162,7 @@ template <class T> struct Program {
     void run_layer(const Layer &layer) {
         norms(layer.norm1);
         product<Into::STORE>(QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
-        deal(WRITE, pieces.size(), 1, [&](int64_t i, int64_t) {
+        deal(WRITE, pieces.size(), 1, [&](int64_t i) {
             for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row_of(t), pieces[i].first + t);
         });
         attend({m, layer, s, queries, attended});
@@ -163,12 +175,12 @@ template <class T> struct Program {
 
     void run() {
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
-        deal(NORM, s.sampled_count, 4, [&](int64_t i, int64_t) {
+        deal(NORM, s.sampled_count, 4, [&](int64_t i) {
             norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden);
         });
         product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary),
                              s.logits);
-        deal(OUTPUT, s.sampled_count, 1, [&](int64_t i, int64_t) {
+        deal(OUTPUT, s.sampled_count, 1, [&](int64_t i) {
             s.likeliest[i] = likeliest(s.logits + i * padded(m.vocabulary), m.vocabulary, s.highest[i]);
         });
     }

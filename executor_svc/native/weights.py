@@ -39,6 +39,8 @@ def _reason_against(model: Any, dtype: torch.dtype) -> str:
         return f"its layers ({', '.join(sorted(kinds)) or 'none known'}) are not of a kind that is written in C++"
     if dtype not in _TYPES:
         return f"its type is {dtype}"
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised"
     first = layers[0]
     dim, shared = first.self_attn.head_dim, first.self_attn.num_key_value_groups
     unit = 32 if dtype == torch.bfloat16 else 16

@@ -82,6 +82,18 @@ def test_another_model_tests_again(home, done, serving_folder):
     assert "check_steps" in done
 
 
+def test_changed_weights_test_again_under_the_same_name(home, done, tmp_path):
+    """Somebody copies a file into a folder that was prepared; what it says of itself is then another model's."""
+    folder = save_serving_folder("llama", tmp_path / "model")
+    load_folder(folder, keep_checks=True, native=False)
+    done.clear()
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights)
+    load_folder(folder, keep_checks=True, native=False)
+
+    assert "check_steps" in done
+
+
 def test_results_can_be_ignored(home, done, serving_folder):
     """For whoever doubts them: nothing is read, and nothing is written."""
     load_folder(serving_folder("llama"), keep_checks=True, native=False)

@@ -113,6 +113,26 @@ def test_models_that_it_is_not_made_for_run_in_torch(architecture, changes, reas
 
 
 @needs_compiler
+def test_quantised_weights_are_left_to_torch():
+    """Their matrices look plain before they are loaded."""
+    model = build_model("llama")
+    model.config.quantization_config = {"quant_method": "fp8"}
+
+    with pytest.raises(NativeUnavailableError, match="quantised"):
+        check_native(model, torch.float32)
+
+
+def test_a_build_that_failed_is_not_waited_for_again(fresh, monkeypatch, tmp_path):
+    """It is begun beside the imports and asked for later; each try may take two minutes."""
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"echo once >> {tmp_path}/tries; exit 1"))
+    for _ in range(2):
+        with pytest.raises(NativeUnavailableError, match="cannot build it"):
+            library_path()
+
+    assert (tmp_path / "tries").read_text() == "once\n"
+
+
+@needs_compiler
 def test_a_step_in_cpp_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
     """The self-test is the judge: what it refuses is loaded anew and runs in torch."""
     right = library.NativeModel.__init__
