@@ -166,7 +166,8 @@ def compare(given: argparse.Namespace, model: Path) -> dict[str, Any]:
     everything: dict[str, Any] = {"setting": setting(), "runs": [], "failures": []}
     rounds = [(turn, dtype) for turn in range(given.turns) for dtype in given.dtype]
     for turn, dtype in rounds:
-        for contender in Turn(given, model, dtype, turn).contenders():
+        contenders = list(Turn(given, model, dtype, turn).contenders())
+        for contender in contenders if turn % 2 == 0 else contenders[::-1]:  # a machine that slows down slows others
             _tell(f"turn {turn + 1} of {given.turns}, {dtype}: {contender.name} ...")
             began = time.perf_counter()
             runs, failure = run_alone(contender)

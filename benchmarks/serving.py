@@ -22,6 +22,7 @@ from benchmarks.wanted import Report, Side, Work, thread_count
 from benchmarks.workloads import Workload
 from paceline import Client, PacelineError
 
+PARTS = ("executor", "scheduler", "serve")  # the last is what keeps the others running
 _START_LIMIT_S = 600.0  # a first start may fetch a model and build what runs it
 _END_LIMIT_S = 60.0
 _LOOK_EVERY_S = 0.02
@@ -34,11 +35,11 @@ class System:
 
     address: str
     start_s: float | None = None  # from its first process until an executor was there; None: it ran already
-    pids: dict[str, int] = field(default_factory=dict)  # "scheduler", "executor", where this machine runs them
+    pids: dict[str, int] = field(default_factory=dict)  # of `PARTS`, where this machine runs them
 
     def peak_mib(self) -> dict[str, float | None]:
-        """The most memory that each of the two has had so far."""
-        return {name: peak_mib(self.pids.get(name)) for name in ("executor", "scheduler")}
+        """The most memory that each part has had so far."""
+        return {name: peak_mib(self.pids.get(name)) for name in PARTS}
 
     def runner(self) -> tuple[str, str]:
         """Type of the weights and how steps run, by what the executor says: it may not have got what was asked for."""
@@ -122,7 +123,7 @@ def served(side: Side) -> Iterator[System]:
         try:
             _wait_for_executor(address, process, said)
             system = System(address, time.perf_counter() - began)
-            system.pids = _parts(process.pid)
+            system.pids = {"serve": process.pid, **_parts(process.pid)}
             yield system
         finally:
             _end(process)

@@ -178,13 +178,14 @@ def _step_bytes(
     loaded: LoadedModel, config: ExecutorConfig, kept: Checks | None, check_file: CheckFile, progress: Progress
 ) -> int:
     """What the largest step takes: as an earlier start found it, or as it is found, and kept, now."""
-    if kept and kept.mode == loaded.mode:
-        log.info("tested and measured by an earlier start", made_at=kept.made_at, kept_in=str(check_file.path))
+    is_proven = kept is not None and kept.mode == loaded.mode
+    if kept and is_proven:
+        log.info("tested by an earlier start", made_at=kept.made_at, kept_in=str(check_file.path))
         if loaded.steps.device.type == "cpu":  # a GPU runs it again, which also loads what its libraries take
             return kept.largest_step_bytes
     progress("running the largest step", 0.7)
     step_bytes = _run_largest_step(loaded, config)
-    if config.keep_checks and not loaded.failed_native:
+    if config.keep_checks and not is_proven and not loaded.failed_native:
         check_file.write(Checks(loaded.mode, step_bytes, datetime.now(UTC).isoformat(timespec="seconds")))
     return step_bytes
 

@@ -81,9 +81,14 @@ def _ratio(runs: Sequence[Run], mode: str, peer: str, peer_mode: str, workload: 
 def _speeds(runs: Sequence[Run], server: str, mode: str, workload: str) -> dict[int, float]:
     speeds: dict[int, float] = {}
     for run in runs:
-        if (run["server"], run["mode"], run["workload"]) == (server, mode, workload):
+        if not _is_part(run) and (run["server"], run["mode"], run["workload"]) == (server, mode, workload):
             speeds[run["turn"]] = max(run["tokens_per_s"], speeds.get(run["turn"], 0.0))
     return speeds
+
+
+def _is_part(run: Run) -> bool:
+    """Whether only some of the requests were made: fewer at once say nothing about all of them."""
+    return bool(run.get("limit")) and run["requests"] >= run["limit"]
 
 
 def _name(run: Run) -> str:
@@ -107,7 +112,7 @@ def _cells(runs: Sequence[Run]) -> list[str]:
 def _speed(runs: Sequence[Run]) -> str:
     if not runs:
         return NOTHING
-    mark = "\\*" if any(run.get("limit") and run["requests"] >= run["limit"] for run in runs) else ""
+    mark = "\\*" if any(map(_is_part, runs)) else ""
     return f"{statistics.median(run['tokens_per_s'] for run in runs):,.0f}{mark}"
 
 

@@ -92,6 +92,7 @@ def offline(given: argparse.Namespace) -> None:
     wanted = environment(given.threads)
     if os.environ.get("LD_PRELOAD", "") != wanted["LD_PRELOAD"]:  # is read when a process begins
         os.execve(sys.executable, sys.orig_argv, os.environ | wanted)
+    os.environ.update(wanted)
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=str(given.model), dtype=given.dtype, enable_prefix_caching=True)

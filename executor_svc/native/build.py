@@ -34,16 +34,22 @@ def library_path() -> Path:
     try:
         path = default_cache_home() / "native" / f"step-{_key(compiler)}.so"
         with _building:
-            if path in _failures:
-                raise NativeUnavailableError(_failures[path])
             if not path.exists():
-                _build(compiler, path)
-    except NativeUnavailableError as error:
-        _failures[path] = str(error)
-        raise
+                _build_once(compiler, path)
     except (OSError, RuntimeError) as error:
         raise NativeUnavailableError(f"the library cannot be kept: {error}; set PACELINE_CACHE") from error
     return path
+
+
+def _build_once(compiler: str, path: Path) -> None:
+    """Build, unless that has failed before. Another process may have managed to since."""
+    if path in _failures:
+        raise NativeUnavailableError(_failures[path])
+    try:
+        _build(compiler, path)
+    except NativeUnavailableError as error:
+        _failures[path] = str(error)
+        raise
 
 
 def library_key() -> str:

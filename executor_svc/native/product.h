@@ -122,14 +122,16 @@ template <int F, Into into, class T> void tiles(const Product<T> &p, int64_t blo
     }
 }
 
+constexpr int64_t FEW_TILES = 8;  // of more tiles the first, which waits for memory, is a small part
+
 // One block of 32 outputs, for all rows: its weights stay in the cache meanwhile, and those of block `next` are fetched
-// there. A single tile fetches what it needs itself soon; among many tiles the first, which waits, does not count.
+// there. A single tile fetches what it needs itself soon; of many tiles none fetches anything.
 template <Into into, class T> void multiply(const Product<T> &p, int64_t block, int64_t next) {
     const T *here = p.weights + block * 32 * p.inputs;
     const T *there = p.weights + std::min(next, p.outputs / 32 - 1) * 32 * p.inputs;
     const int64_t count = (p.rows + TILE - 1) / TILE;
     if (count == 1) tiles<2, into>(p, block, count, reinterpret_cast<const char *>(here) + 4096);
-    else if (count <= 8) tiles<1, into>(p, block, count, reinterpret_cast<const char *>(there));
+    else if (count <= FEW_TILES) tiles<1, into>(p, block, count, reinterpret_cast<const char *>(there));
     else tiles<0, into>(p, block, count, nullptr);
 }
 

@@ -78,6 +78,8 @@ template <class T> struct Program {
         if (rows <= TILE) {  // weights are read once, so that those of blocks in a row come as one stream
             const int64_t size = std::max<int64_t>(1, blocks / (8 * team.barrier.count));
             deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block, block); });
+        } else if (rows > FEW_TILES * TILE) {
+            deal(kind, blocks, 1, [&](int64_t block) { multiply<into>(p, block, block); });
         } else {
             deal_ahead(kind, blocks, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
         }
