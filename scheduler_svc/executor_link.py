@@ -188,7 +188,8 @@ class ExecutorLink:
         ending = _Ending("the link was closed", may_return=False)
         try:
             await call.write(self._message(attach=self._attach_request()))
-            first = self._check(await asyncio.wait_for(call.read(), _ATTACH_TIMEOUT_S), "attached")
+            async with asyncio.timeout(_ATTACH_TIMEOUT_S):  # no task of its own, whose error nobody would ask for
+                first = self._check(await call.read(), "attached")
             log.info("executor attached", executor_id=self.executor_id, address=self._address)
             self._open(first.attached)
             tasks.append(asyncio.create_task(self._send_messages(call)))
