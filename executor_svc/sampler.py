@@ -44,10 +44,18 @@ def sample(
     if len(drawn):
         index = torch.from_numpy(drawn).to(logits.device)
         tokens[index] = _draw(logits, best, _Draws.of(sampling, drawn))
-    finite, chosen = torch.stack([best.isfinite().long(), tokens]).cpu().numpy()  # one transfer
+    finite, chosen = _on_host(best, tokens)
     if not finite.all():
-        raise NonFiniteLogitsError(np.flatnonzero(finite == 0).tolist())
+        raise NonFiniteLogitsError(np.flatnonzero(~finite).tolist())
     return chosen
+
+
+def _on_host(best: torch.Tensor, tokens: torch.Tensor) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of the highest are finite, and the tokens."""
+    if tokens.device.type == "cpu":
+        return np.isfinite(best.float().numpy()), tokens.numpy()
+    finite, chosen = torch.stack([best.isfinite().long(), tokens]).cpu().numpy()  # one transfer
+    return finite != 0, chosen
 
 
 @dataclass(frozen=True, slots=True)

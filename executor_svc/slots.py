@@ -46,7 +46,7 @@ class Slots:
         self.max_output_count: IntArray = np.zeros(count, dtype=np.int64)
         self.block_tables = [
             np.zeros((count, -(-info.context_length // group.block_size)), dtype=np.int32) for group in self._groups
-        ]  # by layer group
+        ]  # by layer group; behind a table's end are zeros
         self.entry_counts: IntArray = np.zeros((len(self._groups), count), dtype=np.int64)  # in those tables
         self.first_blocks: IntArray = np.zeros(
             (len(self._groups), count), dtype=np.int64
@@ -112,6 +112,8 @@ class Slots:
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
         self.top_p[slot], self.min_p[slot], self.seed[slot] = sampling.top_p, sampling.min_p, sampling.seed
         self.choice[slot] = request.choice
+        for group, count in enumerate(self.entry_counts[:, slot].tolist()):
+            self.block_tables[group][slot, :count] = 0
         self.entry_counts[:, slot] = self.first_blocks[:, slot] = 0
         for group, table in enumerate(request.block_tables):
             self._extend_table(group, slot, read_block_ids(table))
@@ -195,8 +197,7 @@ class Slots:
 
     def _tables_of(self, group: int, rows: IntArray, token_count: int) -> NDArray[np.int32]:
         width = -(-token_count // self._groups[group].block_size)
-        is_entry = np.arange(width) < self.entry_counts[group, rows, None]
-        return np.where(is_entry, self.block_tables[group][rows, :width], np.int32(0))
+        return self.block_tables[group][rows, :width]
 
     def fail(self, slot: int, error: str, *, out_of_memory: bool) -> None:
         """Stop a slot for good."""

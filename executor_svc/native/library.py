@@ -11,7 +11,17 @@ Pointer = ctypes.c_void_p
 Integer = ctypes.c_int64
 
 FLOAT32, BFLOAT16 = 1, 2  # bits of `paceline_types`
-PHASES = ("norms", "q, k, v", "positions and cache", "attention", "attention's output", "gate and up", "down", "logits")
+PHASES = (
+    "embeddings",
+    "norms",
+    "q, k, v",
+    "positions and cache",
+    "attention",
+    "attention's output",
+    "gate and up",
+    "down",
+    "logits",
+)
 """What a step's time is spent on, in the order of `paceline_spent_ns`."""
 
 
@@ -34,7 +44,7 @@ class NativeModel(ctypes.Structure):
     _fields_ = [
         *_fields("is_bf16 layer_count hidden heads key_heads dim inner vocabulary rotated", Integer),
         *_fields("epsilon scaling", ctypes.c_float),
-        *_fields("layers norm output", Pointer),
+        *_fields("layers norm output embedding", Pointer),
     ]
 
 
@@ -43,7 +53,8 @@ class NativeStep(ctypes.Structure):
 
     _fields_ = [
         *_fields("token_count row_count sampled_count", Integer),
-        *_fields("row_start context tables widths cosine sine x sampled logits likeliest highest scratch", Pointer),
+        *_fields("row_start context tables widths cosine sine tokens sampled", Pointer),
+        *_fields("logits likeliest highest scratch", Pointer),
     ]
 
 

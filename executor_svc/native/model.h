@@ -23,7 +23,8 @@ struct Model {
     float epsilon, scaling;
     const Layer *layers;
     const float *norm;
-    const void *output;  // packed, of the output layer
+    const void *output;     // packed, of the output layer
+    const void *embedding;  // [vocabulary, hidden], or null: it is the same matrix as that of the output layer
 };
 
 struct Step {
@@ -33,7 +34,7 @@ struct Step {
     const int32_t *const *tables;  // by group [rows, width]
     const int64_t *widths;         // by group
     const float *cosine, *sine;    // [positions, rotated]
-    float *x;                      // [tokens, hidden] in: embeddings
+    const int64_t *tokens;         // [tokens] ids
     const int64_t *sampled;        // [sampled] tokens whose logits are wanted
     float *logits;                 // [sampled, padded vocabulary]
     int64_t *likeliest;            // [sampled] where the highest logit is, the first of several

@@ -64,14 +64,15 @@ class NativeDecoder:
         """
         row_start = np.zeros(len(query_lengths) + 1, dtype=np.int64)
         np.cumsum(query_lengths, out=row_start[1:])
-        x = self._weights.embed(token_ids)
         contexts = np.ascontiguousarray(context_lengths, dtype=np.int64)
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in block_tables]
         table_starts = (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables))
         widths = np.array([table.shape[1] for table in tables], dtype=np.int64)
         sampled, logits = row_index.contiguous(), self._logits_of(len(row_index))
         cosine, sine = self._rotations_to(int(contexts.max()))
-        self._likeliest = torch.empty(len(sampled)), torch.empty(len(sampled), dtype=torch.int64)
+        # Not torch's: its allocator can take longer for a few bytes than all that is done here.
+        highest, likeliest = np.empty(len(sampled), dtype=np.float32), np.empty(len(sampled), dtype=np.int64)
+        self._likeliest = torch.from_numpy(highest), torch.from_numpy(likeliest)
         model = self._weights.model
         model.layers = ctypes.addressof(self._layers(pool))
         step = NativeStep(
@@ -84,11 +85,11 @@ class NativeDecoder:
             widths=widths.ctypes.data,
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
-            x=x.data_ptr(),
+            tokens=token_ids.data_ptr(),
             sampled=sampled.data_ptr(),
             logits=logits.data_ptr(),
-            likeliest=self._likeliest[1].data_ptr(),
-            highest=self._likeliest[0].data_ptr(),
+            likeliest=likeliest.ctypes.data,
+            highest=highest.ctypes.data,
             scratch=self._scratch_for(len(token_ids)),
         )
         self._library.paceline_step(self._team, ctypes.byref(model), ctypes.byref(step))

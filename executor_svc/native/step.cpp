@@ -1,7 +1,7 @@
 // One step of a decoder-only transformer over a paged cache: norm, attention, norm, gated product, in every layer.
 //
 // A step is a program that every thread runs. The work of a phase is dealt out piece by piece, because a core may be
-// lent to somebody else in the middle of it; after each phase the threads wait for each other.
+// lent to somebody else in the middle of it; a phase is over when its pieces are done, wherever the threads are.
 //
 // Weights are packed once: blocks of 32 outputs, all inputs of a block side by side, so that a step reads them from
 // beginning to end. The residual stream, scores and sums are float32 whatever the type of the weights is.
@@ -25,7 +25,7 @@ template <class T> struct Program {
     std::vector<float> sums;  // of all key heads of a piece
     int64_t phase = 0, phase_began;
     T *normed, *attended, *queries, *inner;  // [tokens, hidden], [tokens, heads * dim] twice, [tokens, inner]
-    float *qkv;                              // [tokens, padded]
+    float *x, *qkv;                          // [tokens, hidden] residual stream, [tokens, padded]
 
     int64_t qkv_count() const { return padded((m.heads + 2 * m.key_heads) * m.dim); }
 
@@ -38,31 +38,35 @@ template <class T> struct Program {
         attended = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
         queries = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
         inner = (T *)take(s.token_count * m.inner * sizeof(T));
+        x = (float *)take(s.token_count * m.hidden * sizeof(float));
         qkv = (float *)take(s.token_count * qkv_count() * sizeof(float));
     }
 
-    // Deal out the pieces of a phase, `size` at a time; then wait for everybody.
+    // Deal out the pieces of a phase, `size` at a time; then wait until all are done.
     template <class F> void deal(Kind kind, int64_t count, int64_t size, F work) {
-        std::atomic<int64_t> &dealt = team.dealt[phase++];
-        for (int64_t i; (i = dealt.fetch_add(size, std::memory_order_relaxed)) < count;)
-            for (int64_t j = i; j < std::min(count, i + size); j++) work(j);
-        end(kind);
+        Phase &here = team.phases[phase++];
+        for (int64_t i; (i = here.dealt.fetch_add(size, std::memory_order_relaxed)) < count;) {
+            const int64_t last = std::min(count, i + size);
+            for (int64_t j = i; j < last; j++) work(j);
+            here.done(last - i, count);
+        }
+        end(kind, here, count);
     }
 
     // The same, one by one, where a piece begins with waiting for memory: who works on one has taken the next already,
     // and is told which, or a number past the last.
     template <class F> void deal_ahead(Kind kind, int64_t count, F work) {
-        std::atomic<int64_t> &dealt = team.dealt[phase++];
-        for (int64_t i = dealt.fetch_add(1, std::memory_order_relaxed), next; i < count; i = next) {
-            next = dealt.fetch_add(1, std::memory_order_relaxed);
+        Phase &here = team.phases[phase++];
+        for (int64_t i = here.dealt.fetch_add(1, std::memory_order_relaxed), next; i < count; i = next) {
+            next = here.dealt.fetch_add(1, std::memory_order_relaxed);
             work(i, next);
+            here.done(1, count);
         }
-        end(kind);
+        end(kind, here, count);
     }
 
-    // A phase is over when everybody is through with it.
-    void end(Kind kind) {
-        team.barrier.wait();
+    void end(Kind kind, const Phase &here, int64_t count) {
+        here.wait(count);
         if (keeps_time) {
             const int64_t now = now_ns();
             team.spent_ns[kind] += now - phase_began;
@@ -76,13 +80,26 @@ template <class T> struct Program {
         const Product<T> p{x, static_cast<const T *>(weights), bias, rows, inputs, outputs, to, gated};
         const int64_t blocks = outputs / 32;
         if (rows <= TILE) {  // weights are read once, so that those of blocks in a row come as one stream
-            const int64_t size = std::max<int64_t>(1, blocks / (8 * team.barrier.count));
+            const int64_t size = std::max<int64_t>(1, blocks / (8 * team.thread_count));
             deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block, block); });
         } else if (rows > FEW_TILES * TILE) {
             deal(kind, blocks, 1, [&](int64_t block) { multiply<into>(p, block, block); });
         } else {
             deal_ahead(kind, blocks, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
         }
+    }
+
+    // A row of the embedding. In a packed matrix it is one column of a block: 4 bytes here, the next 128 bytes on.
+    void embed(int64_t id, float *to) const {
+        if (m.embedding) {
+            const T *row = static_cast<const T *>(m.embedding) + id * m.hidden;
+            for (int64_t i = 0; i < m.hidden; i += 16) at(to + i) = load(row + i);
+            return;
+        }
+        constexpr int64_t each = 4 / sizeof(T);
+        const T *column = static_cast<const T *>(m.output) + id / 32 * 32 * m.hidden + id % 32 * each;
+        for (int64_t k = 0; k < m.hidden; k += each)
+            for (int64_t i = 0; i < each; i++) to[k + i] = to_float(column[k * 32 + i]);
     }
 
     void norm(const float *x, const float *weight, T *to) const {
@@ -94,7 +111,7 @@ template <class T> struct Program {
 
     void norms(const float *weight) {
         deal(NORM, s.token_count, 4, [&](int64_t t) {
-            norm(s.x + t * m.hidden, weight, normed + t * m.hidden);
+            norm(x + t * m.hidden, weight, normed + t * m.hidden);
         });
     }
 
@@ -168,17 +185,18 @@ template <class T> struct Program {
             for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row_of(t), pieces[i].first + t);
         });
         attend({m, layer, s, queries, attended});
-        product<Into::ADD>(OUT, attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, s.x);
+        product<Into::ADD>(OUT, attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, x);
         norms(layer.norm2);
         product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr,
                              inner);
-        product<Into::ADD>(DOWN, inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, s.x);
+        product<Into::ADD>(DOWN, inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, x);
     }
 
     void run() {
+        deal(EMBED, s.token_count, 4, [&](int64_t t) { embed(s.tokens[t], x + t * m.hidden); });
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
         deal(NORM, s.sampled_count, 4, [&](int64_t i) {
-            norm(s.x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden);
+            norm(x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden);
         });
         product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary),
                              s.logits);
@@ -233,7 +251,7 @@ void cut_into_pieces(Team &team, bool joins) {
 }
 
 void cut(Team &team) {
-    const int64_t threads = team.barrier.count, wanted = threads == 1 ? 1 : 4 * threads;  // so that nobody waits for long
+    const int64_t threads = team.thread_count, wanted = threads == 1 ? 1 : 4 * threads;  // so that nobody waits for long
     cut_into_pieces(team, true);
     team.parts = 0;
     if (int64_t(team.pieces.size()) >= wanted) return;
@@ -292,7 +310,7 @@ EXPORT void paceline_pack(int64_t is_bf16, const void *weights, int64_t outputs,
 
 EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
     const int64_t item = m->is_bf16 ? 2 : 4, qkv = padded((m->heads + 2 * m->key_heads) * m->dim);
-    return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * qkv) + 5 * 64;
+    return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * (m->hidden + qkv)) + 6 * 64;
 }
 
 EXPORT void paceline_team_end(Team *team) {
@@ -306,7 +324,7 @@ EXPORT void paceline_team_end(Team *team) {
 // Null where the system has no room for so many threads.
 EXPORT Team *paceline_team(int64_t threads) {
     Team *team = new Team;
-    team->barrier.count = uint32_t(threads);
+    team->thread_count = threads;
     try {
         for (int64_t i = 1; i < threads; i++) team->threads.emplace_back([team] { serve(*team); });
     } catch (const std::exception &) {
@@ -317,9 +335,9 @@ EXPORT Team *paceline_team(int64_t threads) {
 }
 
 EXPORT void paceline_step(Team *team, const Model *model, const Step *step) {
-    const size_t phases = size_t(model->layer_count) * 9 + 3;
-    if (team->dealt.size() != phases) team->dealt = std::vector<std::atomic<int64_t>>(phases);
-    for (auto &next : team->dealt) next.store(0, std::memory_order_relaxed);
+    const size_t phases = size_t(model->layer_count) * 9 + 4;
+    if (team->phases.size() != phases) team->phases = std::vector<Phase>(phases);
+    for (Phase &phase : team->phases) phase.begin();
     team->model = model;
     team->step = step;
     cut(*team);

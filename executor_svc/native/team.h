@@ -24,7 +24,7 @@ inline void pause() {
 #endif
 }
 
-inline void wait_while(std::atomic<uint32_t> &word, uint32_t value) {
+inline void wait_while(const std::atomic<uint32_t> &word, uint32_t value) {
     for (int i = 0; i < SPINS; i++) {
         if (word.load(std::memory_order_acquire) != value) return;
         pause();
@@ -36,21 +36,25 @@ inline void wait_while(std::atomic<uint32_t> &word, uint32_t value) {
     while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
 }
 
-struct Barrier {
-    std::atomic<uint32_t> arrived{0};
-    std::atomic<uint32_t> round{0};
-    uint32_t count = 1;
+// One phase of a step. It waits for pieces of work and not for threads: one that has lost its core holds up the others only
+// as long as it has a piece in hand.
+struct Phase {
+    std::atomic<int64_t> dealt{0};  // pieces given out
+    std::atomic<uint32_t> finished{0};
 
-    void wait() {
-        if (count == 1) return;
-        uint32_t now = round.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-            arrived.store(0, std::memory_order_relaxed);
-            round.exchange(now + 1);  // not a plain store: who is about to sleep must see it, or be seen
-            round.notify_all();
-        } else {
-            wait_while(round, now);
-        }
+    void begin() {
+        dealt.store(0, std::memory_order_relaxed);
+        finished.store(0, std::memory_order_relaxed);
+    }
+
+    // So many pieces more are done, of `count` in all.
+    void done(int64_t pieces, int64_t count) {
+        if (finished.fetch_add(uint32_t(pieces), std::memory_order_acq_rel) + pieces == count) finished.notify_all();
+    }
+
+    void wait(int64_t count) const {
+        for (uint32_t now; (now = finished.load(std::memory_order_acquire)) != uint32_t(count);)
+            wait_while(finished, now);
     }
 };
 
@@ -58,7 +62,7 @@ struct Model;
 struct Step;
 
 // What the phases of a step are for, in the order of `PHASES` in `library.py`.
-enum Kind { NORM, QKV, WRITE, ATTENTION, OUT, GATE_UP, DOWN, OUTPUT, KINDS };
+enum Kind { EMBED, NORM, QKV, WRITE, ATTENTION, OUT, GATE_UP, DOWN, OUTPUT, KINDS };
 
 inline int64_t now_ns() {
     using namespace std::chrono;
@@ -78,7 +82,7 @@ struct Piece {
 // Threads that sleep between steps. The caller of a step is one of them.
 struct Team {
     std::vector<std::thread> threads;
-    Barrier barrier;
+    int64_t thread_count = 1;
     std::atomic<uint32_t> order{0};  // counts steps
     std::atomic<uint32_t> left{0};   // threads that are not through with the step
     bool is_over = false;
@@ -87,7 +91,7 @@ struct Team {
     std::vector<Piece> pieces;     // of the step, for its attention
     int64_t parts = 0;             // that the keys of a piece are cut into; 0: there are pieces enough for everybody
     std::vector<float> partial;    // what was summed up over each part
-    std::vector<std::atomic<int64_t>> dealt;  // by phase: pieces of work given out
+    std::vector<Phase> phases;
     int64_t spent_ns[KINDS] = {};             // by kind of phase, waiting for each other included, since last asked
 };
 

@@ -79,13 +79,12 @@ class PackedWeights:
         self._kept: list[torch.Tensor] = []
         config, first = model.config, model.model.layers[0]
         self._dtype = dtype
-        self._embedding = model.get_input_embeddings()
-        self._is_tied = model.lm_head.weight is self._embedding.weight
+        embedding = model.get_input_embeddings()
+        is_tied = model.lm_head.weight is embedding.weight
         output = self._pack(model.lm_head.weight)
-        self._output = self._kept[-1]
         _let_go(model.lm_head)
-        if self._is_tied:
-            self._embedding.weight = model.lm_head.weight
+        if is_tied:
+            embedding.weight = model.lm_head.weight
         self.layers = [self._layer(layer) for layer in model.model.layers]
         self.model = NativeModel(
             is_bf16=dtype == torch.bfloat16,
@@ -101,17 +100,8 @@ class PackedWeights:
             scaling=first.self_attn.scaling,
             norm=self._plain(model.model.norm.weight),
             output=output,
+            embedding=None if is_tied else self._rows(embedding.weight),
         )
-
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """The embeddings of tokens, `[tokens, hidden]` in float32."""
-        if not self._is_tied:
-            rows = self._embedding(token_ids).to(self._dtype)
-        else:
-            # As `_pack` lays them out: in a block, for every 4 bytes of a row those of all its rows side by side.
-            blocks = self._output.view(torch.int32).view(-1, self.model.hidden * self._dtype.itemsize // 4, BLOCK)
-            rows = blocks[token_ids // BLOCK, :, token_ids % BLOCK].view(self._dtype)
-        return rows.to(torch.float32, copy=True)
 
     def _layer(self, layer: Any) -> NativeLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -136,6 +126,10 @@ class PackedWeights:
     def _plain(self, vector: torch.Tensor) -> int:
         rounded = vector.detach().to(self._dtype)
         self._kept.append(rounded.to(torch.float32, copy=True).contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _rows(self, matrix: torch.Tensor) -> int:
+        self._kept.append(matrix.detach().to(self._dtype).contiguous())  # of a mapped file it is the file, where it can
         return self._kept[-1].data_ptr()
 
     def _bias(self, parts: list[torch.Tensor | None]) -> int | None:

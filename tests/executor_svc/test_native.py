@@ -180,11 +180,9 @@ def test_weights_are_in_memory_once(tied, dtype):
     with torch.inference_mode():
         weights = PackedWeights(model, dtype, rotated=16)
 
-    assert len(plain) == 3 * 7 + 1
+    assert len(plain) == len(weights.layers) * 7 + 1
     assert [weight() for weight in plain] == [None] * len(plain)
     assert model.get_input_embeddings().weight.numel() == (0 if tied else embedding.numel())
-    ids = torch.tensor([0, 1, 33, 319, 31])
-    assert torch.equal(weights.embed(ids), embedding[ids].to(dtype).float())
 
 
 @needs_compiler
