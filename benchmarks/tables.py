@@ -62,7 +62,9 @@ def _in_words(server: tuple[Any, ...], servers: Sequence[tuple[Any, ...]]) -> st
 def how_it_runs(runner: str, dtype: str, threads: int | None) -> str:
     """What runs the steps, in which type, with how many threads."""
     how = {"native": "C++", "packed": "torch"}.get(runner, runner)
-    kind = {"bfloat16": "bf16", "float32": "fp32", "none": ""}.get(dtype, dtype)
+    steps_in, _, weights = dtype.removesuffix(" weights").partition(" with ")
+    kind = {"bfloat16": "bf16", "float32": "fp32", "none": ""}.get(steps_in, steps_in)
+    kind = f"{weights} in {kind}" if weights else kind
     return " ".join(part for part in (how, kind, f"×{threads}" if threads else "") if part)
 
 

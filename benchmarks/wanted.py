@@ -21,17 +21,19 @@ class Side:
 
     model: str = "smollm2"  # what `paceline serve` takes
     dtype: str = "auto"
+    weights: str = ""  # int8: rounded to that; empty: of the type
     threads: int = 0  # 0: the executor chooses
     native: bool = True  # steps in C++ where possible
 
     def settings(self) -> dict[str, Any]:
         """Those settings of an executor that are chosen here, but for the model."""
-        return {"dtype": self.dtype, "threads": self.threads, "native": self.native}
+        return {"dtype": self.dtype, "weights": self.weights, "threads": self.threads, "native": self.native}
 
     def flags(self) -> list[str]:
         """The same for `paceline serve`."""
         native = "--native" if self.native else "--no-native"
-        return ["--dtype", self.dtype, "--threads", str(self.threads), native]
+        weights = ["--weights", self.weights] if self.weights else []
+        return ["--dtype", self.dtype, *weights, "--threads", str(self.threads), native]
 
 
 @dataclass(frozen=True, slots=True)

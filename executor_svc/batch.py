@@ -85,7 +85,7 @@ class RunnerInfo:
     context_length: int  # tokens of prompt and output together
     vocabulary_size: int
     end_token_ids: tuple[int, ...]
-    dtype: str
+    dtype: str  # of steps, and of weights where they have another one: `bfloat16 with int8 weights`
     mode: str  # native, packed, fake
     layer_groups: tuple[LayerGroup, ...]
     block_count: int  # any of them serves any group

@@ -20,7 +20,7 @@ from executor_svc.kept_checks import Checks
 from executor_svc.memory import forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.model import NativeDecoder
-from executor_svc.native.weights import check_native
+from executor_svc.native.weights import check_native, round_to_int8
 from executor_svc.packed_model import PackedModel, UnpackableError
 from executor_svc.self_test import PlainLogits, StepModel, check_steps, plain_logits
 from executor_svc.start_times import Progress
@@ -47,12 +47,19 @@ class LoadedModel:
     context_length: int
     end_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    weights: str  # empty: of that type; or int8
     failed_native: bool  # its steps in C++ did not pass the self-test, so it runs in torch
 
     @property
     def mode(self) -> str:
         """How steps run: `native` or `packed`."""
         return "native" if isinstance(self.steps, NativeDecoder) else "packed"
+
+    @property
+    def type_name(self) -> str:
+        """The type in which steps compute, for people, and that of the weights where it is another one."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} with {self.weights} weights" if self.weights else name
 
 
 def open_folder(path: str) -> ServingFolder:
@@ -72,11 +79,12 @@ def load_model(
     native_threads: int = 0,
     kept: Checks | None = None,
     progress: Progress = lambda _phase, _share: None,
+    weights: str = "",
 ) -> LoadedModel:
     """Load the serving folder at `path` and prove that its steps compute what the model computes.
 
-    With `native_threads` they run in C++ where the machine and the model allow it, else in torch. What `kept`
-    says of an earlier start is not tested again.
+    With `native_threads` they run in C++ where the machine and the model allow it, else in torch; with `weights` int8,
+    which are rounded so first, in C++ or not at all. What `kept` says of an earlier start is not tested again.
 
     Raises:
         ModelError: the folder, the model or `max_model_len` is not fit to serve.
@@ -86,7 +94,7 @@ def load_model(
     config = _load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
 
-    files = _ModelFiles(folder.path, config, device, dtype)
+    files = _ModelFiles(folder.path, config, device, dtype, weights)
     steps, failed_native = _Start(files, backend, context_length, kept, progress).steps(native_threads)
     return LoadedModel(
         steps=steps,
@@ -95,6 +103,7 @@ def load_model(
         context_length=context_length,
         end_token_ids=_end_token_ids(folder.path, config.get_text_config()),
         dtype=dtype,
+        weights=weights,
         failed_native=failed_native,
     )
 
@@ -107,6 +116,7 @@ class _ModelFiles:
     config: Any
     device: torch.device
     dtype: torch.dtype  # in which it is served
+    weights: str  # as which its matrices are; empty: that type
 
     @property
     def class_name(self) -> str:
@@ -121,8 +131,10 @@ class _ModelFiles:
         return self._load(None).eval()
 
     def converted(self) -> Any:
-        """The model as transformers runs it, all of it in the type in which it is served, never in memory twice."""
+        """The model as transformers runs it, of the weights with which it is served, never in memory twice."""
         model = self.mapped()
+        if self.weights == "int8":
+            round_to_int8(model, self.dtype)
         for parameter in model.parameters():
             if parameter.dtype != self.dtype:
                 stored, parameter.data = parameter.data, parameter.data.to(self.dtype)
@@ -269,18 +281,30 @@ class _Start:
         Raises `ModelError` unless they compute what the model computes.
         """
         failed_native = False
-        if native_threads:
+        if not native_threads:
+            self._leave_to_torch("they are for a CPU, and not with --no-native")
+        else:
             try:
                 return self._native(native_threads), False
             except NativeUnavailableError as error:
+                self._leave_to_torch(str(error))
                 log.info("the model runs in torch", reason=str(error))
             except UnpackableError as error:
+                self._leave_to_torch(f"they failed the self-test: {error}")
                 log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
                 failed_native = True
         try:
             return self._packed(), failed_native
         except UnpackableError as error:
             raise ModelError(_refusal(self.files.class_name, str(error))) from error
+
+    def _leave_to_torch(self, reason: str) -> None:
+        """Refuse to where weights are wanted that only steps in C++ have: `ModelError`."""
+        if self.files.weights:
+            raise ModelError(
+                f"{self.files.weights} weights need steps in C++, which cannot be had here: {reason}; "
+                "leave --weights out to serve the model in its own type"
+            )
 
     def _is_proven(self, mode: str) -> bool:
         return self.kept is not None and self.kept.mode == mode
@@ -298,7 +322,14 @@ class _Start:
         plain = None if self._is_proven("native") else self._converted_logits()
         self.progress("packing the weights", 0.3)
         try:
-            native = NativeDecoder(self.files.mapped(), self.files.dtype, traits, self.context_length, thread_count)
+            native = NativeDecoder(
+                self.files.mapped(),
+                self.files.dtype,
+                traits,
+                self.context_length,
+                thread_count,
+                as_int8=self.files.weights == "int8",
+            )
         except (NativeUnavailableError, ModelError):
             raise
         except Exception as error:

@@ -46,7 +46,7 @@ class TorchRunner:
             context_length=loaded.context_length,
             vocabulary_size=loaded.steps.traits.vocabulary_size,
             end_token_ids=loaded.end_token_ids,
-            dtype=str(loaded.dtype).removeprefix("torch."),
+            dtype=loaded.type_name,
             mode=loaded.mode,
             layer_groups=pool.geometry.groups,
             block_count=pool.block_count,
@@ -72,7 +72,15 @@ class TorchRunner:
         check_file = _check_file(config, device, dtype, (threads, native_threads))
         kept = check_file.read() if config.keep_checks else None
         loaded = load_model(
-            config.model, device, dtype, TorchAttention(), config.max_model_len, native_threads, kept, progress
+            config.model,
+            device,
+            dtype,
+            TorchAttention(),
+            config.max_model_len,
+            native_threads,
+            kept,
+            progress,
+            config.weights,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
         step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
@@ -148,6 +156,7 @@ def _check_file(
             "model": folder.fingerprint,
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
             "dtype": str(dtype),
+            "weights": config.weights,
             "device": device.type,
             "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
             "native_library": library_key() if threads[1] else "",

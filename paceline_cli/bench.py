@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ _PAINT_PER_S = 2  # pictures of the line that moves: painting takes time from wh
 
 Model = Annotated[str, model_argument("Folder, GGUF file or hub id of a model; 'fake' needs none.", metavar="MODEL")]
 Dtype = Annotated[str, flag("--dtype", "float32, bfloat16 or float16; auto suits the device.", metavar="TYPE")]
+Weights = Annotated[str, flag("--weights", "int8: rounded to that, in C++ on a CPU.", metavar="TYPE")]
 Threads = Annotated[int, flag("--threads", "CPU threads of the executor; 0 lets it choose.", metavar="N", min=0)]
 Native = Annotated[bool, flag("--native/--no-native", "On a CPU: steps in C++ where possible, else in torch.")]
 Against = Annotated[
@@ -81,6 +83,7 @@ def bench_serve(
         ),
     ] = "",
     dtype: Dtype = "auto",
+    weights: Weights = "",
     threads: Threads = 0,
     native: Native = True,
     against: Against = "",
@@ -100,7 +103,7 @@ def bench_serve(
     work = _work(workload, seed, rate)
     if server and against:
         raise _wrong("--against starts two kinds of executors, --server starts none", "leave one of them out")
-    sides = _sides(model, dtype, threads, native, against)
+    sides = _sides(model, dtype, weights, threads, native, against)
     from benchmarks.serving import measure
 
     _measure(f"serve {server or model}", sides, work, turns, json, partial(measure, address=server))
@@ -111,6 +114,7 @@ def bench_offline(
     model: Model = "smollm2",
     workload: Workloads = ["W1", "W2", "W4"],  # noqa: B006
     dtype: Dtype = "auto",
+    weights: Weights = "",
     threads: Threads = 0,
     native: Native = True,
     against: Against = "",
@@ -125,7 +129,7 @@ def bench_offline(
     """
     if "W3" in (work := _work(workload, seed, None)).names:
         raise _wrong("W3 comes over time, and offline all prompts are there at once", "paceline bench serve -w W3")
-    sides = _sides(_folder(model), dtype, threads, native, against)
+    sides = _sides(_folder(model), dtype, weights, threads, native, against)
     from benchmarks.offline import measure
 
     _measure(f"offline {model}", sides, work, turns, json, measure)
@@ -138,6 +142,7 @@ def bench_profile(
         int, flag("--steps", "Steps that each figure is the median of.", envvar=None, metavar="N", min=1, max=1000)
     ] = 20,
     dtype: Dtype = "auto",
+    weights: Weights = "",
     threads: Threads = 0,
     native: Native = True,
     json: Json = None,
@@ -150,7 +155,7 @@ def bench_profile(
     [dim]$[/] paceline bench profile
     [dim]$[/] paceline bench profile ./my-model --threads 2 --no-native
     """
-    (side,) = _sides(_folder(model), dtype, threads, native, against="")
+    (side,) = _sides(_folder(model), dtype, weights, threads, native, against="")
     from benchmarks.setting import setting
     from benchmarks.step_profile import CASES, parts_table, phases_table, profile
     from benchmarks.tables import how_it_runs, write_json
@@ -249,7 +254,7 @@ def _work(names: list[str], seed: int, rate: float | None) -> Work:
     return Work(tuple(wanted), seed, rate)
 
 
-def _sides(model: str, dtype: str, threads: int, native: bool, against: str) -> list[Side]:
+def _sides(model: str, dtype: str, weights: str, threads: int, native: bool, against: str) -> list[Side]:
     """How the model is served: once, or in both ways that are to be compared."""
     from benchmarks.wanted import Side
 
@@ -259,8 +264,10 @@ def _sides(model: str, dtype: str, threads: int, native: bool, against: str) -> 
         raise _wrong("--against compares steps of a model, and 'fake' has none", "name a model, or leave --against out")
     if against and not native:
         raise _wrong("--against torch compares steps in C++ with it, and --no-native asks for none", "leave one out")
-    sides = [Side(model, dtype, threads, native)]
-    return [*sides, Side(model, dtype, threads, native=False)] if against else sides
+    if against and weights:
+        raise _wrong(f"steps in torch have no {weights} weights to compare with", "leave --against or --weights out")
+    side = Side(model, dtype, weights, threads, native)
+    return [side, replace(side, native=False)] if against else [side]
 
 
 def _folder(model: str) -> str:

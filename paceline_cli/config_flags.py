@@ -66,6 +66,9 @@ _FLAGS = {
     "served_model_name": _flag("--served-model-name", _MODEL, "Name that users ask for.", metavar="NAME"),
     "device": _flag("--device", _MODEL, "cpu, cuda, cuda:1 …; auto takes a GPU if there is one.", metavar="DEVICE"),
     "dtype": _flag("--dtype", _MODEL, "float32, bfloat16 or float16; auto suits the device.", metavar="TYPE"),
+    "weights": _flag(
+        "--weights", _MODEL, "int8 reads half as much as bfloat16, rounded; in C++ on a CPU.", metavar="TYPE"
+    ),
     "threads": _count("--threads", _MODEL, "CPU threads of one executor; 0 lets it choose.", 0),
     "keep_checks": _flag(
         "--keep-checks/--no-keep-checks",

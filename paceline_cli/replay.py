@@ -29,7 +29,7 @@ _SHOWN_DIFFERENCES = 20
 _CONTEXT = 6  # tokens of text around a difference, on either side
 _NAMED_REQUESTS = 5
 _SETTINGS = (
-    *("device", "dtype", "threads", "native", "max_model_len", "block_size"),
+    *("device", "dtype", "weights", "threads", "native", "max_model_len", "block_size"),
     *("cache_memory_bytes", "memory_utilization", "max_num_batched_tokens"),
 )  # what may change a token, or is needed for the model to fit
 _OTHER_SETTINGS = [setting.name for setting in fields(ExecutorConfig) if setting.name not in _SETTINGS]
@@ -235,7 +235,7 @@ def _warnings(said: Recording, choice: RestoredChoice) -> Iterator[str]:
         theirs, ours = joined.model.fingerprint[:12], said.model.fingerprint[:12]
         yield f"it ran with another serving folder ({theirs}, here {ours}): name that one with --model"
     if joined.model.dtype != said.model.dtype:
-        yield f"it ran in {joined.model.dtype}, here in {said.model.dtype}: --dtype makes it the same"
+        yield f"it ran in {joined.model.dtype}, here in {said.model.dtype}: --dtype and --weights make it the same"
 
 
 def _sampling(sampling: dict[str, Any]) -> str:

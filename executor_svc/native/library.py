@@ -42,7 +42,7 @@ class NativeModel(ctypes.Structure):
     """A model: sizes, layers, and what follows them."""
 
     _fields_ = [
-        *_fields("is_bf16 layer_count hidden heads key_heads dim inner vocabulary rotated", Integer),
+        *_fields("is_bf16 is_int8 layer_count hidden heads key_heads dim inner vocabulary rotated", Integer),
         *_fields("epsilon scaling", ctypes.c_float),
         *_fields("layers norm output embedding", Pointer),
     ]
@@ -69,6 +69,7 @@ def library() -> ctypes.CDLL:
     signatures = {
         "paceline_types": (Integer, []),
         "paceline_pack": (None, [Integer, Pointer, Integer, Integer, Pointer]),
+        "paceline_pack_int8": (None, [Integer, Integer, Pointer, Integer, Integer, Pointer]),
         "paceline_scratch_bytes": (Integer, [Pointer, Integer]),
         "paceline_team": (Pointer, [Integer]),
         "paceline_team_end": (None, [Pointer]),

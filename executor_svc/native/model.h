@@ -8,7 +8,7 @@ namespace paceline {
 struct Layer {
     const float *norm1, *norm2;        // [hidden]
     const float *query_norm, *key_norm;  // [dim], or null
-    const void *qkv, *out, *gate_up, *down;  // packed
+    const void *qkv, *out, *gate_up, *down;  // packed; as int8 the scales of all outputs come first, in float32
     const float *qkv_bias, *out_bias;  // [outputs, padded], or null
     void *keys, *values;               // this layer's part of the pool
     int64_t key_stride, value_stride;  // tokens from one block to the next
@@ -18,7 +18,7 @@ struct Layer {
 };
 
 struct Model {
-    int64_t is_bf16, layer_count, hidden, heads, key_heads, dim, inner, vocabulary;
+    int64_t is_bf16, is_int8, layer_count, hidden, heads, key_heads, dim, inner, vocabulary;
     int64_t rotated;  // numbers of a head that positions rotate
     float epsilon, scaling;
     const Layer *layers;

@@ -22,9 +22,17 @@ class NativeDecoder:
     """Runs packed steps of one model. Called from one thread only."""
 
     def __init__(
-        self, model: Any, dtype: torch.dtype, traits: PackedTraits, context_length: int, thread_count: int
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        traits: PackedTraits,
+        context_length: int,
+        thread_count: int,
+        as_int8: bool = False,
     ) -> None:
         """Take `model`, whatever its own type, apart for steps in `dtype`; it must not be used any more.
+
+        With `as_int8` its matrices are rounded as `round_to_int8` does.
 
         Positions beyond `context_length` are not asked of its rotation unless a step has them.
         Raises `NativeUnavailableError` before it is taken apart.
@@ -41,7 +49,7 @@ class NativeDecoder:
         self._context_length = context_length
         self._rotations = torch.empty(0, 0), torch.empty(0, 0)
         with torch.inference_mode():
-            self._weights = PackedWeights(model, dtype, self._rotations_to(1)[0].shape[-1])
+            self._weights = PackedWeights(model, dtype, self._rotations_to(1)[0].shape[-1], as_int8)
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
 

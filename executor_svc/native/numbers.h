@@ -30,6 +30,7 @@ struct bf16 {
 };
 
 inline float to_float(float value) { return value; }
+inline float to_float(int8_t value) { return value; }
 inline float to_float(bf16 value) {
     uint32_t bits = uint32_t(value.bits) << 16;
     float out;
@@ -46,6 +47,7 @@ inline void put(bf16 &to, float value) {  // to the nearest, ties to even
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));  // 16 numbers, wherever they are
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
+typedef int8_t int8vec __attribute__((vector_size(16), aligned(1)));
 
 inline vec &at(float *p) { return *reinterpret_cast<vec *>(p); }
 inline const vec &at(const float *p) { return *reinterpret_cast<const vec *>(p); }
@@ -59,6 +61,13 @@ inline vec load(const bf16 *p) {
     vec out;
     for (int i = 0; i < 16; i++) out[i] = to_float(p[i]);
     return out;
+#endif
+}
+inline vec load(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const int8vec *>(p), ivec), vec);
 #endif
 }
 inline void store(float *p, vec value) { at(p) = value; }
@@ -147,7 +156,21 @@ inline __m512i pair_of(const bf16 *p) {
     std::memcpy(&pair, p, 4);
     return _mm512_set1_epi32(pair);
 }
+inline __m512i pairs_at(const bf16 *p) { return _mm512_loadu_si512(p); }
+inline __m512i pairs_at(const int8_t *p) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(p + 16), (__m512)load(p));
+}
 inline __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
+// `count` numbers, a multiple of 32, in another type.
+inline void expand(const int8_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 16) store(to + i, load(from + i));
+}
+#if HAS_BF16
+inline void expand(const int8_t *from, int64_t count, bf16 *to) {
+    for (int64_t i = 0; i < count; i += 32) _mm512_storeu_si512(to + i, pairs_at(from + i));
+}
 #endif
 
 }  // namespace paceline

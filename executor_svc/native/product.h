@@ -1,6 +1,9 @@
 // Matrix products with packed weights, a tile of rows and a block of 32 outputs at a time.
 #pragma once
 
+#include <type_traits>
+#include <vector>
+
 #include "numbers.h"
 
 namespace paceline {
@@ -18,9 +21,11 @@ template <int F> struct Ahead {
     }
 };
 
-template <class T> struct Product {
+// Weights are of type T, or int8 of which each output has its scale.
+template <class T, class W = T> struct Product {
     const T *x;  // [rows, inputs]
-    const T *weights;
+    const W *weights;
+    const float *scales;  // [outputs], or null
     const float *bias;
     int64_t rows, inputs, outputs;  // outputs: a multiple of 32
     float *to;                      // [rows, outputs]
@@ -29,8 +34,12 @@ template <class T> struct Product {
 
 inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
-template <Into into, class T>
-inline void finish(const Product<T> &p, int64_t row, int64_t block, vec low, vec high) {
+template <Into into, class T, class W>
+inline void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, vec high) {
+    if (p.scales) {
+        low *= at(p.scales + block * 32);
+        high *= at(p.scales + block * 32 + 16);
+    }
     if (into == Into::GATED) {
         store(p.gated + row * (p.outputs / 2) + block * 16, silu(low) * high);
         return;
@@ -48,8 +57,10 @@ inline void finish(const Product<T> &p, int64_t row, int64_t block, vec low, vec
     at(to + 16) = high;
 }
 
-template <int R, Into into, int F> void tile(const Product<float> &p, int64_t row, int64_t block, Ahead<F> ahead) {
-    const float *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
+template <int R, Into into, int F, class W>
+void tile(const Product<float, W> &p, int64_t row, int64_t block, Ahead<F> ahead) {
+    const float *x = p.x + row * p.inputs;
+    const W *w = p.weights + block * 32 * p.inputs;
     vec low[R] = {}, high[R] = {};
     for (int64_t k = 0; k < p.inputs; k++) {
         vec first = load(w + k * 32), second = load(w + k * 32 + 16);
@@ -65,8 +76,10 @@ template <int R, Into into, int F> void tile(const Product<float> &p, int64_t ro
 }
 
 #if HAS_BF16
-template <int R, Into into, int F> void tile(const Product<bf16> &p, int64_t row, int64_t block, Ahead<F> ahead) {
-    const bf16 *x = p.x + row * p.inputs, *w = p.weights + block * 32 * p.inputs;
+template <int R, Into into, int F, class W>
+void tile(const Product<bf16, W> &p, int64_t row, int64_t block, Ahead<F> ahead) {
+    const bf16 *x = p.x + row * p.inputs;
+    const W *w = p.weights + block * 32 * p.inputs;
     constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // sums that do not wait for each other
     __m512 low[R * U], high[R * U];
     for (int i = 0; i < R * U; i++) low[i] = high[i] = _mm512_setzero_ps();
@@ -74,9 +87,9 @@ template <int R, Into into, int F> void tile(const Product<bf16> &p, int64_t row
     for (; k + U <= pairs; k += U) {
 #pragma GCC unroll 4
         for (int u = 0; u < U; u++) {
-            const bf16 *here = w + (k + u) * 64;
+            const W *here = w + (k + u) * 64;
             ahead.fetch(k + u);
-            __m512i first = _mm512_loadu_si512(here), second = _mm512_loadu_si512(here + 32);
+            __m512i first = pairs_at(here), second = pairs_at(here + 32);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 __m512i numbers = pair_of(x + r * p.inputs + 2 * (k + u));
@@ -88,8 +101,8 @@ template <int R, Into into, int F> void tile(const Product<bf16> &p, int64_t row
     for (; k < pairs; k++)
         for (int r = 0; r < R; r++) {
             __m512i numbers = pair_of(x + r * p.inputs + 2 * k);
-            low[r * U] = dot(low[r * U], numbers, _mm512_loadu_si512(w + k * 64));
-            high[r * U] = dot(high[r * U], numbers, _mm512_loadu_si512(w + k * 64 + 32));
+            low[r * U] = dot(low[r * U], numbers, pairs_at(w + k * 64));
+            high[r * U] = dot(high[r * U], numbers, pairs_at(w + k * 64 + 32));
         }
     for (int r = 0; r < R; r++) {
         for (int u = 1; u < U; u++) {
@@ -101,38 +114,65 @@ template <int R, Into into, int F> void tile(const Product<bf16> &p, int64_t row
 }
 #endif
 
-template <Into into, class T, int F, int R> struct Tiles {
-    static void one(const Product<T> &p, int64_t row, int64_t count, int64_t block, Ahead<F> ahead) {
+template <Into into, class T, class W, int F, int R> struct Tiles {
+    static void one(const Product<T, W> &p, int64_t row, int64_t count, int64_t block, Ahead<F> ahead) {
         if (count == R) tile<R, into, F>(p, row, block, ahead);
-        else Tiles<into, T, F, R - 1>::one(p, row, count, block, ahead);
+        else Tiles<into, T, W, F, R - 1>::one(p, row, count, block, ahead);
     }
 };
-template <Into into, class T, int F> struct Tiles<into, T, F, 0> {
-    static void one(const Product<T> &, int64_t, int64_t, int64_t, Ahead<F>) {}
+template <Into into, class T, class W, int F> struct Tiles<into, T, W, F, 0> {
+    static void one(const Product<T, W> &, int64_t, int64_t, int64_t, Ahead<F>) {}
 };
 
-// All rows in tiles of about the same size; each has its part of what is to be fetched from `there` on.
-template <int F, Into into, class T> void tiles(const Product<T> &p, int64_t block, int64_t count, const char *there) {
-    constexpr int64_t line = 32 * 4;  // bytes of weights that go with each step of a tile's loop
+// All rows in tiles of about the same size. With each step of its loop a tile fetches its part of `line` bytes from
+// `there` on.
+template <int F, Into into, int most = TILE, class T, class W>
+void tiles(const Product<T, W> &p, int64_t block, int64_t count, const char *there, int64_t line) {
     const int64_t steps = p.inputs * int64_t(sizeof(T)) / 4;
     for (int64_t i = 0, row = 0; i < count; i++) {
         const int64_t size = (p.rows - row) / (count - i);
-        Tiles<into, T, F, TILE>::one(p, row, size, block, {there + i * steps * line / count, line / count});
+        Tiles<into, T, W, F, most>::one(p, row, size, block, {there + i * steps * line / count, line / count});
         row += size;
     }
 }
 
+// The product with the weights of one block in type T.
+template <class T> Product<T> expanded(const Product<T> &p, int64_t) { return p; }
+
+// Of int8 that is a copy in this thread's cache, which the next block overwrites. Weights are found by their block's
+// number: they begin where those of block 0 would be.
+template <class T> Product<T> expanded(const Product<T, int8_t> &p, int64_t block) {
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    static thread_local std::vector<Line> lines;
+    const int64_t count = 32 * p.inputs;
+    if (int64_t(lines.size() * sizeof(Line)) < count * int64_t(sizeof(T))) lines.resize(count * sizeof(T) / sizeof(Line));
+    T *to = reinterpret_cast<T *>(lines.data());
+    expand(p.weights + block * count, count, to);
+    return {p.x, to - block * count, p.scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated};
+}
+
 constexpr int64_t FEW_TILES = 8;  // of more tiles the first, which waits for memory, is a small part
 
+// So many rows are one tile that takes weights as they come. Of more rows int8 is turned into numbers beforehand: these
+// tiles are compiled anyway.
+template <class T, class W> constexpr int FEW_ROWS = std::is_same_v<T, W> ? TILE : std::min(TILE, 4);
+
 // One block of 32 outputs, for all rows: its weights stay in the cache meanwhile, and those of block `next` are fetched
-// there. A single tile fetches what it needs itself soon; of many tiles none fetches anything.
-template <Into into, class T> void multiply(const Product<T> &p, int64_t block, int64_t next) {
-    const T *here = p.weights + block * 32 * p.inputs;
-    const T *there = p.weights + std::min(next, p.outputs / 32 - 1) * 32 * p.inputs;
+// there. Few rows fetch what they need themselves soon; of many tiles none fetches anything.
+template <Into into, class T, class W> void multiply(const Product<T, W> &p, int64_t block, int64_t next) {
+    constexpr int64_t line = 32 * 4 * sizeof(W) / sizeof(T);  // bytes of weights that go with each step of a tile's loop
     const int64_t count = (p.rows + TILE - 1) / TILE;
-    if (count == 1) tiles<2, into>(p, block, count, reinterpret_cast<const char *>(here) + 4096);
-    else if (count <= FEW_TILES) tiles<1, into>(p, block, count, reinterpret_cast<const char *>(there));
-    else tiles<0, into>(p, block, count, nullptr);
+    auto bytes_of = [&](int64_t b) { return reinterpret_cast<const char *>(p.weights + b * 32 * p.inputs); };
+    const char *there = bytes_of(std::min(next, p.outputs / 32 - 1));
+    if (p.rows <= FEW_ROWS<T, W>) {
+        tiles<(line + 63) / 64, into, FEW_ROWS<T, W>>(p, block, count, bytes_of(block) + 4096, line);
+    } else if (count <= FEW_TILES) {
+        tiles<1, into>(expanded(p, block), block, count, there, line);
+    } else {
+        tiles<0, into>(expanded(p, block), block, count, nullptr, 0);
+    }
 }
 
 }  // namespace paceline

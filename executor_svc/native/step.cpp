@@ -4,7 +4,8 @@
 // lent to somebody else in the middle of it; a phase is over when its pieces are done, wherever the threads are.
 //
 // Weights are packed once: blocks of 32 outputs, all inputs of a block side by side, so that a step reads them from
-// beginning to end. The residual stream, scores and sums are float32 whatever the type of the weights is.
+// beginning to end; as int8 where a user asks for that, turned into the type of the step as they are read. The residual
+// stream, scores and sums are float32 whatever the type of the weights is.
 
 #include <exception>
 
@@ -77,29 +78,46 @@ template <class T> struct Program {
     template <Into into>
     void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
                  int64_t outputs, float *to, T *gated = nullptr) {
-        const Product<T> p{x, static_cast<const T *>(weights), bias, rows, inputs, outputs, to, gated};
-        const int64_t blocks = outputs / 32;
-        if (rows <= TILE) {  // weights are read once, so that those of blocks in a row come as one stream
+        if (m.is_int8) {
+            const float *scales = static_cast<const float *>(weights);
+            const int8_t *numbers = reinterpret_cast<const int8_t *>(scales + outputs);
+            deal_blocks<into>(kind, Product<T, int8_t>{x, numbers, scales, bias, rows, inputs, outputs, to, gated});
+        } else {
+            const T *numbers = static_cast<const T *>(weights);
+            deal_blocks<into>(kind, Product<T>{x, numbers, nullptr, bias, rows, inputs, outputs, to, gated});
+        }
+    }
+
+    template <Into into, class W> void deal_blocks(Kind kind, const Product<T, W> &p) {
+        const int64_t blocks = p.outputs / 32;
+        if (p.rows <= FEW_ROWS<T, W>) {  // weights are read once, so that those of blocks in a row come as one stream
             const int64_t size = std::max<int64_t>(1, blocks / (8 * team.thread_count));
             deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block, block); });
-        } else if (rows > FEW_TILES * TILE) {
+        } else if (p.rows > FEW_TILES * TILE) {
             deal(kind, blocks, 1, [&](int64_t block) { multiply<into>(p, block, block); });
         } else {
             deal_ahead(kind, blocks, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
         }
     }
 
-    // A row of the embedding. In a packed matrix it is one column of a block: 4 bytes here, the next 128 bytes on.
     void embed(int64_t id, float *to) const {
         if (m.embedding) {
             const T *row = static_cast<const T *>(m.embedding) + id * m.hidden;
             for (int64_t i = 0; i < m.hidden; i += 16) at(to + i) = load(row + i);
-            return;
+        } else if (m.is_int8) {
+            const float *scales = static_cast<const float *>(m.output);
+            unpack(reinterpret_cast<const int8_t *>(scales + padded(m.vocabulary)), id, scales[id], to);
+        } else {
+            unpack(static_cast<const T *>(m.output), id, 1.0f, to);
         }
+    }
+
+    // A row of a packed matrix is a column of a block: one or two numbers, those of 31 other rows, the next ones.
+    template <class W> void unpack(const W *matrix, int64_t row, float scale, float *to) const {
         constexpr int64_t each = 4 / sizeof(T);
-        const T *column = static_cast<const T *>(m.output) + id / 32 * 32 * m.hidden + id % 32 * each;
+        const W *column = matrix + row / 32 * 32 * m.hidden + row % 32 * each;
         for (int64_t k = 0; k < m.hidden; k += each)
-            for (int64_t i = 0; i < each; i++) to[k + i] = to_float(column[k * 32 + i]);
+            for (int64_t i = 0; i < each; i++) to[k + i] = to_float(column[k * 32 + i]) * scale;
     }
 
     void norm(const float *x, const float *weight, T *to) const {
@@ -284,12 +302,30 @@ void serve(Team &team) {
     }
 }
 
-template <class T> void pack(const T *weights, int64_t outputs, int64_t inputs, T *to) {
-    constexpr int64_t each = 4 / sizeof(T);  // numbers of one output that lie side by side
+// Blocks of 32 outputs, of which `each` numbers lie side by side; `number` gives that of an output and an input.
+template <class W, class F> void pack(int64_t outputs, int64_t inputs, int64_t each, W *to, F number) {
     for (int64_t block = 0; block < padded(outputs) / 32; block++)
         for (int64_t k = 0; k < inputs; k += each)
             for (int64_t n = block * 32; n < block * 32 + 32; n++)
-                for (int64_t i = 0; i < each; i++) *to++ = n < outputs ? weights[n * inputs + k + i] : T{};
+                for (int64_t i = 0; i < each; i++) *to++ = n < outputs ? number(n, k + i) : W{};
+}
+
+template <class T> void pack_plain(const T *weights, int64_t outputs, int64_t inputs, T *to) {
+    pack(outputs, inputs, 4 / sizeof(T), to, [=](int64_t n, int64_t k) { return weights[n * inputs + k]; });
+}
+
+// Scales first, then whole numbers from -127 to 127: the largest of an output is one of them, the others are rounded.
+template <class T> void pack_int8(const T *weights, int64_t outputs, int64_t inputs, int64_t each, float *to) {
+    float *scales = to;
+    for (int64_t n = 0; n < padded(outputs); n++) {
+        float largest = 0;
+        for (int64_t k = 0; n < outputs && k < inputs; k++)
+            largest = std::max(largest, std::abs(to_float(weights[n * inputs + k])));
+        scales[n] = largest / 127;
+    }
+    pack(outputs, inputs, each, reinterpret_cast<int8_t *>(to + padded(outputs)), [=](int64_t n, int64_t k) {
+        return scales[n] ? int8_t(std::nearbyint(to_float(weights[n * inputs + k]) / scales[n])) : int8_t(0);
+    });
 }
 
 }  // namespace paceline
@@ -304,8 +340,16 @@ extern "C" {
 EXPORT int64_t paceline_types() { return 1 + 2 * HAS_BF16; }
 
 EXPORT void paceline_pack(int64_t is_bf16, const void *weights, int64_t outputs, int64_t inputs, void *to) {
-    if (is_bf16) pack((const bf16 *)weights, outputs, inputs, (bf16 *)to);
-    else pack((const float *)weights, outputs, inputs, (float *)to);
+    if (is_bf16) pack_plain((const bf16 *)weights, outputs, inputs, (bf16 *)to);
+    else pack_plain((const float *)weights, outputs, inputs, (float *)to);
+}
+
+// For steps in bfloat16 or float32, from weights in either.
+EXPORT void paceline_pack_int8(int64_t is_bf16, int64_t from_bf16, const void *weights, int64_t outputs, int64_t inputs,
+                               float *to) {
+    const int64_t each = is_bf16 ? 2 : 1;
+    if (from_bf16) pack_int8((const bf16 *)weights, outputs, inputs, each, to);
+    else pack_int8((const float *)weights, outputs, inputs, each, to);
 }
 
 EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {

@@ -16,6 +16,7 @@ BLOCK = 32  # outputs that are packed together
 _ALIGNMENT = 64
 _LARGEST_DIM = 256
 _MOST_SHARED = 16  # query heads of one key head
+_ROWS_AT_ONCE = 4096
 
 # Decoder layers that are: norm, attention, add, norm, gated product, add. The self-test is the judge of the result.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -67,6 +68,20 @@ def _unbiased(model: Any) -> list[nn.Linear]:
     return [model.lm_head, *(linear for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))]
 
 
+def round_to_int8(model: Any, dtype: torch.dtype) -> None:
+    """Give the model's matrices, in this type, the values that they have when they are packed as int8.
+
+    Each output has a scale, of which its largest weight is 127; the others are rounded to whole numbers of it.
+    """
+    for linear in _linears(model):
+        stored, rounded = linear.weight.data, torch.empty_like(linear.weight, dtype=dtype)
+        for rows, to in zip(stored.split(_ROWS_AT_ONCE), rounded.split(_ROWS_AT_ONCE), strict=True):
+            scales = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+            to.copy_((rows.float() / scales).round() * scales)
+        linear.weight.data = rounded
+        forget(stored)
+
+
 class PackedWeights:
     """A model's weights as the native step reads them; the model's own go as theirs are made.
 
@@ -74,11 +89,14 @@ class PackedWeights:
     a model whose weights are a mapped file, only the matrix that is just being packed is in memory.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, rotated: int) -> None:
-        """Pack `model` in `dtype`; positions rotate `rotated` numbers of a head. It is of no other use afterwards."""
+    def __init__(self, model: Any, dtype: torch.dtype, rotated: int, as_int8: bool = False) -> None:
+        """Pack `model` in `dtype`, or its matrices `as_int8`; positions rotate `rotated` numbers of a head.
+
+        It is of no other use afterwards.
+        """
         self._kept: list[torch.Tensor] = []
         config, first = model.config, model.model.layers[0]
-        self._dtype = dtype
+        self._dtype, self._as_int8 = dtype, as_int8
         embedding = model.get_input_embeddings()
         is_tied = model.lm_head.weight is embedding.weight
         output = self._pack(model.lm_head.weight)
@@ -88,6 +106,7 @@ class PackedWeights:
         self.layers = [self._layer(layer) for layer in model.model.layers]
         self.model = NativeModel(
             is_bf16=dtype == torch.bfloat16,
+            is_int8=as_int8,
             layer_count=len(self.layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -140,16 +159,26 @@ class PackedWeights:
         return self._plain(nn.functional.pad(bias, (0, -len(bias) % BLOCK)))
 
     def _pack(self, matrix: torch.Tensor) -> int:
-        plain = matrix.detach().to(self._dtype).contiguous()
+        of_int8 = matrix.dtype if matrix.dtype in _TYPES else torch.float32  # rounded once, from what is in the files
+        plain = matrix.detach().to(of_int8 if self._as_int8 else self._dtype).contiguous()
         outputs, inputs = plain.shape
-        packed = aligned(-(-outputs // BLOCK) * BLOCK * inputs * plain.element_size())
-        library().paceline_pack(self._dtype == torch.bfloat16, plain.data_ptr(), outputs, inputs, packed.data_ptr())
+        packed = aligned(_padded(outputs) * (4 + inputs if self._as_int8 else inputs * plain.element_size()))
+        shape = plain.data_ptr(), outputs, inputs, packed.data_ptr()
+        is_bf16 = self._dtype == torch.bfloat16
+        if self._as_int8:
+            library().paceline_pack_int8(is_bf16, plain.dtype == torch.bfloat16, *shape)
+        else:
+            library().paceline_pack(is_bf16, *shape)
         self._kept.append(packed)
         return packed.data_ptr()
 
     def bind(self) -> ctypes.Array[NativeLayer]:
         """A copy of the layers, for one pool."""
         return (NativeLayer * len(self.layers))(*self.layers)
+
+
+def _padded(output_count: int) -> int:
+    return -(-output_count // BLOCK) * BLOCK
 
 
 def aligned(byte_count: int) -> torch.Tensor:

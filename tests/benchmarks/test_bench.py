@@ -76,6 +76,7 @@ def test_a_failed_child_says_why():
         (["serve", "fake", "--against", "vllm"], "--against torch"),
         (["serve", "fake", "--against", "torch"], "name a model"),
         (["serve", "smollm2", "--against", "torch", "--no-native"], "leave one out"),
+        (["serve", "smollm2", "--against", "torch", "--weights", "int8"], "leave --against or --weights out"),
         (["serve", "--server", "localhost:1", "--against", "torch"], "leave one of them out"),
         (["core", "--growth", "--memory"], "one after the other"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.figures import Answer, Figures, run_json
-from benchmarks.tables import results_table
+from benchmarks.tables import how_it_runs, results_table
 
 
 def run(runner: str, turn: int, seconds: float) -> dict[str, Any]:
@@ -31,6 +31,11 @@ def test_one_server_has_a_row_of_medians_and_no_ratio():
     assert "50.0" in shown  # 100 tokens in the 2 s of the turn between
     assert "ratio" not in shown
     assert "–" in shown
+
+
+def test_rounded_weights_are_not_shown_as_the_type_of_the_steps():
+    """A figure of int8 beside one of bfloat16 must not look like the same work."""
+    assert how_it_runs("native", "bfloat16 with int8 weights", 2) == "C++ int8 in bf16 ×2"
 
 
 def test_the_ratio_is_of_runs_in_the_same_turn():

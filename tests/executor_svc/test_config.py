@@ -13,6 +13,7 @@ from executor_svc.config import ExecutorConfig, SettingsError, check_settings
         ({"max_num_seqs": 65536, "max_num_batched_tokens": 70000}, "max num seqs must be 1 to 65535, got 65536"),
         ({"max_num_seqs": 65, "max_num_batched_tokens": 64}, "max num batched tokens is 64 but max num seqs is 65"),
         ({"threads": -1}, "threads must be 0"),
+        ({"weights": "int4"}, "weights must be 'int8', or left out .*, got 'int4'"),
         ({"memory_utilization": 1.5}, "memory utilization must be"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -62,6 +62,16 @@ def test_whatever_may_change_the_results_asks_for_new_ones(home, done, serving_f
     assert done == ["check_steps", "run_largest_step"]
 
 
+@needs_compiler
+def test_rounded_weights_are_tested_by_themselves(home, done, serving_folder):
+    """They are another model; that the one in the files has passed says nothing about it."""
+    load_folder(serving_folder("llama"), keep_checks=True)
+    done.clear()
+    load_folder(serving_folder("llama"), keep_checks=True, weights="int8")
+
+    assert done == ["check_steps", "run_largest_step"]
+
+
 @pytest.mark.parametrize("name", ["torch", "transformers", "executor_svc"])
 def test_another_release_tests_again(home, done, serving_folder, monkeypatch, name):
     """An upgrade is the moment at which a model may begin to compute something else."""

@@ -114,7 +114,7 @@ def test_sizes_are_shown_as_people_read_them():
     ("verb", "config"),
     [
         ("scheduler", SchedulerConfig(model="fake", listen=("unix:/tmp/a.sock", "127.0.0.1:0"), lease_s=7.5)),
-        ("executor", ExecutorConfig(model="fake", cache_memory_bytes=2**20, executor_id="executor-3", threads=2)),
+        ("executor", ExecutorConfig("fake", weights="int8", cache_memory_bytes=2**20, executor_id="e-3", threads=2)),
     ],
 )
 def test_a_configuration_survives_the_command_line(verb, config, monkeypatch):
