@@ -166,7 +166,9 @@ class ExecutorModel(_message.Message):
     vocabulary_size: _builtins.int
     """Token ids are below this number."""
     dtype: _builtins.str
-    """Data type of weights and cache, for people: `float32`, `bfloat16`, `float16`."""
+    """Data type of weights and cache, for people: `float32`, `bfloat16`, `float16`;
+    `bfloat16 with int8 weights` where the matrices are rounded to that.
+    """
     mode: _builtins.str
     """How the executor runs it, for people: `native` (in C++), `packed` (in torch), `fake`."""
     @_builtins.property
