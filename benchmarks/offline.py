@@ -1,22 +1,22 @@
 """The scheduler's core and an executor in one process: what the parts give without gRPC, streams and text.
 
-Plans and results are the real messages. As in the real engine a plan is ready before the executor needs it: steps run
-on a thread of their own, and the next one is planned meanwhile.
+Plans and results are the real messages, and steps run on the executor's own threads: a plan is there before it is
+needed, and the next one is made while its step runs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import queue
 import subprocess
 import sys
 import tempfile
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from benchmarks import BenchmarkError
 from benchmarks.figures import Answer, Figures, run_json
@@ -28,7 +28,7 @@ from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig
 from executor_svc.executor import Executor
 from executor_svc.main import load_runner
-from executor_svc.service import PLANS_IN_FLIGHT
+from executor_svc.model_thread import PLANS_IN_FLIGHT, Attachment, ModelThread, Outcome
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc import wire
 from scheduler_svc.core.layer_groups import LayerGroup
@@ -46,49 +46,76 @@ def capacity_of(runner: Runner) -> Capacity:
     return Capacity(groups, info.block_count, info.slot_count, info.step_token_count)
 
 
+class _Calls:
+    """Stands in for an event loop: what it is to call soon it calls at once."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., None], *arguments: Any) -> None:
+        """Call."""
+        callback(*arguments)
+
+
 class Engine:
     """Answers workloads with one runner."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._executor = Executor(runner)
-        self._thread = ThreadPoolExecutor(1, "model")
+        self._thread = ModelThread(Executor(runner), cast("asyncio.AbstractEventLoop", _Calls()))
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+        self._thread.stop()
+        self._thread.join()
 
     def run(self, workload: Workload, on_tokens: Callable[[int], None] = lambda _count: None) -> list[Answer]:
         """Give all prompts at once and go on until every token is there; nothing is kept from the run before."""
-        self._executor.reset()
+        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        attachment = Attachment(1, "offline", resume=False, outcomes=cast("asyncio.Queue[Outcome | None]", outcomes))
+        self._thread.begin(attachment)
+        outcomes.get()
         scheduler = Scheduler()
         scheduler.join(EXECUTOR, capacity_of(self._runner))
         answers = [Answer(len(job.prompt), time.perf_counter()) for job in workload.jobs]
         for number, job in enumerate(workload.jobs):
             prompt = array("I", job.prompt)
             scheduler.add(Request(str(number), prompt, len(prompt), job.output_count, key=number))
-        steps: deque[Future[pb.StepResult]] = deque()
+        step_count = 0  # on their way
         while scheduler.request_count:
-            self._plan_ahead(scheduler, steps)
-            outputs = scheduler.apply(EXECUTOR, wire.decode_result(steps.popleft().result()))
+            step_count += self._plan_ahead(scheduler, attachment, step_count)
+            outputs = scheduler.apply(EXECUTOR, wire.decode_result(_result(outcomes)))
+            step_count -= 1
             _check_ends(outputs)
             now = time.perf_counter()
             for request, _ in outputs.tokens:
                 answers[request.key].note(now, 1)
             on_tokens(len(outputs.tokens))
-        for step in steps:
-            step.result()  # planned before it was known that nobody needs it
+        for _ in range(step_count):
+            _result(outcomes)  # planned before it was known that nobody needs it
         for answer, job in zip(answers, workload.jobs, strict=True):
             check_complete(answer, job)
         return answers
 
-    def _plan_ahead(self, scheduler: Scheduler, steps: deque[Future[pb.StepResult]]) -> None:
-        while len(steps) < PLANS_IN_FLIGHT and (plan := scheduler.plan(EXECUTOR, time.perf_counter())) is not None:
-            steps.append(self._thread.submit(self._executor.execute, wire.encode_plan(plan)))
-        if not steps:
+    def _plan_ahead(self, scheduler: Scheduler, attachment: Attachment, step_count: int) -> int:
+        """Submit as many plans as there may be; returns how many those are."""
+        planned = 0
+        while (
+            step_count + planned < PLANS_IN_FLIGHT
+            and (plan := scheduler.plan(EXECUTOR, time.perf_counter())) is not None
+        ):
+            self._thread.submit(attachment, wire.encode_plan(plan))
+            planned += 1
+        if not step_count + planned:
             raise BenchmarkError("requests wait and nothing can be planned; give the executor more cache or less work")
+        return planned
+
+
+def _result(outcomes: queue.SimpleQueue[Outcome]) -> pb.StepResult:
+    outcome = outcomes.get()
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert isinstance(outcome, pb.StepResult)
+    return outcome
 
 
 def _check_ends(outputs: Outputs) -> None:

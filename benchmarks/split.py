@@ -27,7 +27,7 @@ from benchmarks.offline import capacity_of
 from executor_svc.config import ExecutorConfig
 from executor_svc.executor import Executor
 from executor_svc.main import load_runner
-from executor_svc.service import Attachment, ModelThread
+from executor_svc.model_thread import Attachment, ModelThread
 from paceline import AsyncClient
 from paceline.internal.v1 import executor_pb2 as pb
 from paceline.v1 import fleet_pb2, fleet_pb2_grpc

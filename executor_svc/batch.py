@@ -1,7 +1,9 @@
 """One step's work as arrays: what the executor builds from its slots and a runner computes."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,11 +62,44 @@ class StepBatch:
     """
 
     slots: IntArray  # [R] ascending; for messages only
-    token_ids: IntArray  # [T]
+    token_ids: IntArray  # [T]; -1 - i is the token of sampling row i of the batch before, while that is on its way
     query_lengths: IntArray  # [R] at least 1
     context_lengths: IntArray  # [R] tokens in the cache once this step has run
     block_tables: tuple[NDArray[np.int32], ...]  # by layer group [R, W]; see `NO_BLOCK`; entries past the end are 0
     sampling: SamplingBatch
+
+    def known(self, before: IntArray) -> StepBatch:
+        """The same once the tokens of the batch `before` are known, `[S]` of its sampling rows."""
+        is_late = self.token_ids < 0
+        if not is_late.any():
+            return self
+        token_ids = self.token_ids.copy()
+        token_ids[is_late] = before[-1 - token_ids[is_late]]
+        return replace(self, token_ids=token_ids)
+
+    def part(self, rows: IntArray) -> StepBatch:
+        """Some of its rows, ascending."""
+        is_in = np.zeros(len(self.slots), dtype=bool)
+        is_in[rows] = True
+        sampling = self.sampling
+        samples = is_in[sampling.row_index]
+        return StepBatch(
+            slots=self.slots[rows],
+            token_ids=self.token_ids[np.repeat(is_in, self.query_lengths)],
+            query_lengths=self.query_lengths[rows],
+            context_lengths=self.context_lengths[rows],
+            block_tables=tuple(table[rows] for table in self.block_tables),
+            sampling=SamplingBatch(
+                row_index=(np.cumsum(is_in) - 1)[sampling.row_index[samples]],
+                temperature=sampling.temperature[samples],
+                top_k=sampling.top_k[samples],
+                top_p=sampling.top_p[samples],
+                min_p=sampling.min_p[samples],
+                seed=sampling.seed[samples],
+                choice=sampling.choice[samples],
+                output_index=sampling.output_index[samples],
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +130,7 @@ class RunnerInfo:
 
 
 class Runner(Protocol):
-    """Runs steps of one model over one paged cache. Called from one thread only."""
+    """Runs steps of one model over one paged cache. Called by one thread at a time."""
 
     info: RunnerInfo
 
@@ -114,3 +149,62 @@ class Runner(Protocol):
     def copy_blocks(self, sources: IntArray, destinations: IntArray) -> None:
         """Copy whole blocks, all layers of them: every source is read before any destination is written."""
         ...
+
+
+class Launched(Protocol):
+    """A step that a device has been given."""
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the batch launched next may take its tokens from this one, and be launched before it has ended."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for its end, good or bad."""
+        ...
+
+    def result(self) -> StepOutput:
+        """Wait for its end. Raises what `Runner.run` does."""
+        ...
+
+
+@runtime_checkable
+class AheadRunner(Runner, Protocol):
+    """A runner whose device works by itself: steps run in the order in which they are launched.
+
+    `launch` and `run` are called by one thread at a time; what was launched may be waited for by another one meanwhile.
+    """
+
+    def launch(self, batch: StepBatch) -> Launched:
+        """Begin a step. Whatever cannot be begun raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A step that cannot be used as it was launched."""
+
+    error: Exception
+    keeps_tokens: bool = False
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+    def result(self) -> StepOutput:
+        """Raises the error."""
+        raise self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A step that ran when it was launched."""
+
+    output: StepOutput
+    keeps_tokens: bool = False
+
+    def wait(self) -> None:
+        """It has ended."""
+
+    def result(self) -> StepOutput:
+        """What it gave."""
+        return self.output

@@ -1,5 +1,8 @@
 """The executor: runs plans, one after the other, on a runner."""
 
+from __future__ import annotations
+
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,13 +12,13 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from executor_svc.batch import IntArray, Runner, StepOutput
+from executor_svc.batch import NO_BLOCK, AheadRunner, Ended, Failed, IntArray, Launched, Runner, StepBatch, StepOutput
 from executor_svc.slots import PlanError, Slots, read_array, read_block_ids
 from paceline.internal.v1 import executor_pb2 as pb
 
 log = structlog.get_logger()
 
-__all__ = ["BrokenDeviceError", "Executor", "PlanError"]
+__all__ = ["Begun", "BrokenDeviceError", "Executor", "PlanError"]
 
 _MOST_DEPARTED = 4096
 """Attempts without a slot that are kept for a scheduler that comes back; older ones only cost it a recomputation."""
@@ -23,6 +26,24 @@ _MOST_DEPARTED = 4096
 
 class BrokenDeviceError(Exception):
     """The device computes nothing any more; only a new process can help."""
+
+
+@dataclass(eq=False, slots=True)
+class Begun:
+    """A step from the moment its plan is taken in until its tokens are."""
+
+    step: int
+    rows: IntArray  # [R] slots of the step, ascending; those that compute nothing any more too
+    lengths: IntArray  # [R] tokens that each computes
+    samples: NDArray[np.bool_]  # [R]
+    batch: StepBatch  # of the rows that compute
+    launched: Launched
+    prepare_s: float = 0.0  # in which the device had nothing else to do
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the next step can be begun before this one has ended."""
+        return self.launched.keeps_tokens
 
 
 @dataclass(slots=True)
@@ -39,70 +60,130 @@ class _Computed:
 class Executor:
     """Keeps the slots in step with the scheduler and runs what each plan asks for.
 
-    Not safe for threads: everything is called from the one thread that runs the model.
+    Steps are begun and finished in the order of their plans; one thread may begin the next while another waits for the
+    end of the last. Where the device works by itself it goes on from one to the next without waiting for either.
     """
 
     def __init__(self, runner: Runner, clock: Callable[[], float] = time.perf_counter) -> None:
         """Start with all slots empty."""
         self._runner = runner
+        self._ahead = runner if isinstance(runner, AheadRunner) else None
+        # Behind a window or chunk: before that, requests keep their blocks until they are dropped.
+        self._gives_blocks_back = any(group.window or group.chunk for group in runner.info.layer_groups)
         self._clock = clock
+        self._lock = threading.Lock()  # of all that follows; not held while a step that was launched is waited for
         self.reset()
 
     def reset(self) -> None:
-        """Forget every slot. The next plan has step 1."""
-        self._slots = Slots(self._runner.info)
-        self._step = 0
-        self._acknowledged_step = 0
-        self._departed: deque[tuple[int, pb.HeldAttempt]] = deque()  # (step, attempt): dropped before that step's
-        # tokens were acknowledged
+        """Forget every slot and every step that was begun. The next plan has step 1."""
+        with self._lock:
+            self._slots = Slots(self._runner.info)
+            self._step = 0  # begun last
+            self._in_flight: deque[Begun] = deque()
+            self._last_tokens: IntArray = np.zeros(0, dtype=np.int64)  # of the step that was finished last
+            self._acknowledged_step = 0
+            self._departed: deque[tuple[int, pb.HeldAttempt]] = deque()  # (step, attempt): dropped before that step's
+            # tokens were acknowledged
 
     def inventory(self) -> pb.Attached:
-        """What is there for a scheduler that takes this executor over."""
-        departed = [held for step, held in self._departed if step > self._acknowledged_step]
-        held = [self._slots.held(slot) for slot in np.flatnonzero(self._slots.occupied).tolist()]
-        return pb.Attached(last_step=self._step, held=departed + held)
+        """What is there for a scheduler that takes this executor over, once every step has been finished."""
+        with self._lock:
+            departed = [held for step, held in self._departed if step > self._acknowledged_step]
+            held = [self._slots.held(slot) for slot in np.flatnonzero(self._slots.occupied).tolist()]
+            return pb.Attached(last_step=self._step, held=departed + held)
 
     def execute(self, plan: pb.Plan, epoch: int = 0) -> pb.StepResult:
-        """Run one plan of the scheduler with this epoch.
+        """Run one plan of the scheduler with this epoch. Raises what `begin` and `finish` raise."""
+        result = self.finish(self.begin(plan, epoch))
+        assert result is not None, "somebody has reset this executor meanwhile"
+        return result
 
-        Raises `PlanError` when it contradicts what is known here, and `BrokenDeviceError` when nothing can be
-        computed any more. A row that fails by itself is reported in the result; the others go on.
-        """
-        started_at = self._clock()
-        slots = self._slots
-        if plan.step != self._step + 1:
-            raise PlanError(f"plan of step {plan.step}, but step {self._step + 1} is next")
-        self._acknowledge(plan.acknowledged_step)
-        self._take_changes(plan, epoch)
-        chunk_slots = read_array(plan.chunk_slots, "<u2")
-        decoding = self._decoding(plan)
-        rows, lengths, samples = self._rows(decoding, chunk_slots, read_array(plan.chunk_token_counts, "<u4"))
-        if int(samples.sum()) != plan.sampling_row_count:
-            raise PlanError(
-                f"step {plan.step} samples {plan.sampling_row_count} rows by the scheduler's count, "
-                f"{samples.sum()} by the executor's"
+    def has_to_wait(self, plan: pb.Plan) -> bool:
+        """Whether the step before must be finished before this plan is begun."""
+        with self._lock:
+            if not self._in_flight:
+                return False
+            before = self._in_flight[-1]
+            dropped = read_array(plan.dropped_slots, "<u2")
+            return (
+                len(self._in_flight) > 1
+                or not before.keeps_tokens
+                or bool(plan.copies)
+                or bool(np.isin(dropped, before.batch.slots).any())
+                or (self._gives_blocks_back and _takes_blocks(plan, before.batch))
             )
-        active = ~slots.halted[rows]
-        slots.check_fits(rows[active], lengths[active])
-        prepared_at = self._clock()
-        computed = self._compute(rows[active], lengths[active], samples[active])
-        self._step = plan.step
-        slots.computed[rows[active]] += lengths[active]
-        slots.decoding[rows[samples]] = True
-        sampled = rows[samples]
+
+    def begin(self, plan: pb.Plan, epoch: int = 0) -> Begun:
+        """Take in a plan of the scheduler with this epoch, and have the device begin with it.
+
+        Raises `PlanError` when it contradicts what is known here.
+        """
+        with self._lock:
+            started_at = self._clock()
+            slots = self._slots
+            if plan.step != self._step + 1:
+                raise PlanError(f"plan of step {plan.step}, but step {self._step + 1} is next")
+            self._acknowledge(plan.acknowledged_step)
+            self._take_changes(plan, epoch)
+            chunk_slots = read_array(plan.chunk_slots, "<u2")
+            decoding = self._decoding(plan)
+            rows, lengths, samples = self._rows(decoding, chunk_slots, read_array(plan.chunk_token_counts, "<u4"))
+            if int(samples.sum()) != plan.sampling_row_count:
+                raise PlanError(
+                    f"step {plan.step} samples {plan.sampling_row_count} rows by the scheduler's count, "
+                    f"{samples.sum()} by the executor's"
+                )
+            active = slots.computing(rows)
+            slots.check_fits(rows[active], lengths[active])
+            batch = slots.batch(rows[active], lengths[active], samples[active])
+            prepared_at = self._clock()
+            begun = Begun(plan.step, rows, lengths, samples, batch, self._launch(batch))
+            if not self._in_flight:
+                begun.prepare_s = prepared_at - started_at
+            slots.begin(rows[samples], batch, plan.step)
+            self._step = plan.step
+            self._in_flight.append(begun)
+            return begun
+
+    def _launch(self, batch: StepBatch) -> Launched:
+        if not len(batch.slots):
+            return Ended(StepOutput(np.zeros(0, dtype=np.int64), 0.0, 0.0))
+        try:
+            return self._ahead.launch(batch) if self._ahead else Ended(self._runner.run(batch))
+        except Exception as error:  # noqa: BLE001  it is found out row by row, whose fault that is
+            return Failed(error)
+
+    def finish(self, begun: Begun) -> pb.StepResult | None:
+        """Wait for the end of the oldest step that was begun and take its tokens in; None: it was forgotten meanwhile.
+
+        A row that fails by itself is reported in the result; the others go on. Raises `BrokenDeviceError` when nothing
+        can be computed any more.
+        """
+        begun.launched.wait()
+        with self._lock:
+            if not self._in_flight or self._in_flight[0] is not begun:
+                return None
+            self._in_flight.popleft()
+            computed = self._compute(begun)
+            return self._take_in(begun, computed)
+
+    def _take_in(self, begun: Begun, computed: _Computed) -> pb.StepResult:
+        slots, sampled = self._slots, begun.rows[begun.samples]
+        slots.take_back(begun.batch, computed.failures)
         for slot, message in computed.failures.items():
             slots.fail(slot, message, out_of_memory=slot in computed.out_of_memory)
         tokens = computed.token_ids[sampled]
-        slots.record(sampled[tokens >= 0], tokens[tokens >= 0], plan.step)
+        slots.record(sampled[tokens >= 0], tokens[tokens >= 0], begun.step)
+        self._last_tokens = computed.token_ids[begun.batch.slots[begun.batch.sampling.row_index]]
         return pb.StepResult(
-            step=plan.step,
+            step=begun.step,
             token_ids=tokens.astype("<i4").tobytes(),
             errors=[
                 pb.SlotError(slot=slot, message=message, out_of_memory=slot in computed.out_of_memory)
                 for slot, message in sorted(computed.failures.items())
             ],
             timings=pb.Timings(
-                prepare_us=_microseconds(prepared_at - started_at),
+                prepare_us=_microseconds(begun.prepare_s),
                 forward_us=_microseconds(computed.forward_s),
                 sample_us=_microseconds(computed.sample_s),
             ),
@@ -181,16 +262,35 @@ class Executor:
         samples = np.concatenate((np.ones(len(decoding), dtype=bool), counts == missing))[order]
         return rows[order], lengths, samples
 
-    def _compute(self, rows: IntArray, lengths: IntArray, samples: NDArray[np.bool_]) -> _Computed:
-        """Run the rows; where they fail together, halves of them, until the rows that fail by themselves are found.
+    def _compute(self, begun: Begun) -> _Computed:
+        """What came of a step; where it failed as a whole, of halves of it, until the rows that fail by themselves are
+        found.
 
-        Running a row again writes the same values to the same positions.
+        Running a row again writes the same values to the same positions. A row that ended with the step before has been
+        computed in vain.
         """
         computed = _Computed(np.full(self._runner.info.slot_count, -1, dtype=np.int64))
-        self._compute_part(rows, lengths, samples, computed)
-        if computed.failures:
-            self._check_device(computed.failures)
+        batch, goes_on = begun.batch, ~self._slots.halted[begun.batch.slots]
+        try:
+            output = begun.launched.result()
+        except Exception as error:  # noqa: BLE001  it is told of the row that is at fault
+            self._spoil()
+            rest = batch.known(self._last_tokens).part(np.flatnonzero(goes_on))
+            is_new = isinstance(error, _SpoiledError) or not goes_on.all()
+            self._compute_part(rest, computed, None if is_new else error)
+            if computed.failures:
+                self._check_device(computed.failures)
+            return computed
+        sampled = batch.sampling.row_index
+        computed.token_ids[batch.slots[sampled]] = np.where(goes_on[sampled], output.token_ids, -1)
+        computed.forward_s, computed.sample_s = output.forward_s, output.sample_s
         return computed
+
+    def _spoil(self) -> None:
+        """The steps after the one that failed went on from wrong tokens: they have to be run again."""
+        for begun in self._in_flight:
+            begun.launched.wait()
+            begun.launched = Failed(_SpoiledError())
 
     def _check_device(self, failures: dict[int, str]) -> None:
         """Tell rows that fail by themselves from a device that fails every row."""
@@ -200,27 +300,45 @@ class Executor:
             reasons = "; ".join(failures.values())
             raise BrokenDeviceError(f"the device fails by itself ({_describe(error)}) after: {reasons}") from error
 
-    def _compute_part(self, rows: IntArray, lengths: IntArray, samples: NDArray[np.bool_], computed: _Computed) -> None:
-        if not len(rows):
+    def _compute_part(self, batch: StepBatch, computed: _Computed, failed: Exception | None = None) -> None:
+        """Run some rows, or their halves; where `failed` is given they have been run, with that result."""
+        if not len(batch.slots):
             return
         try:
-            output: StepOutput = self._runner.run(self._slots.batch(rows, lengths, samples))
-        except Exception as error:
-            if len(rows) == 1:
-                slot = int(rows[0])
-                request_id, trace_id = self._slots.request_ids[slot], self._slots.trace_ids[slot].hex()
-                computed.failures[slot] = f"request '{request_id}' failed: {_describe(error)}"
-                log.warning("a request fails by itself", request_id=request_id, trace_id=trace_id, exc_info=error)
-                if _is_out_of_memory(error):
-                    computed.out_of_memory.add(slot)
+            if failed is not None:
+                raise failed
+            output = self._runner.run(batch)
+        except Exception as error:  # noqa: BLE001  the row that is at fault is told of it
+            if len(batch.slots) == 1:
+                self._note_failure(int(batch.slots[0]), error, computed)
                 return
-            half = len(rows) // 2
-            self._compute_part(rows[:half], lengths[:half], samples[:half], computed)
-            self._compute_part(rows[half:], lengths[half:], samples[half:], computed)
+            half = len(batch.slots) // 2
+            for rows in (np.arange(half), np.arange(half, len(batch.slots))):
+                self._compute_part(batch.part(rows), computed)
             return
-        computed.token_ids[rows[samples]] = output.token_ids
+        computed.token_ids[batch.slots[batch.sampling.row_index]] = output.token_ids
         computed.forward_s += output.forward_s
         computed.sample_s += output.sample_s
+
+    def _note_failure(self, slot: int, error: Exception, computed: _Computed) -> None:
+        request_id, trace_id = self._slots.request_ids[slot], self._slots.trace_ids[slot].hex()
+        computed.failures[slot] = f"request '{request_id}' failed: {_describe(error)}"
+        log.warning("a request fails by itself", request_id=request_id, trace_id=trace_id, exc_info=error)
+        if _is_out_of_memory(error):
+            computed.out_of_memory.add(slot)
+
+
+def _takes_blocks(plan: pb.Plan, batch: StepBatch) -> bool:
+    """Whether the plan gives blocks away that rows of this batch may have to read again, should one of them fail."""
+    given = [read_block_ids(plan.appended_block_ids)]
+    given += [read_block_ids(table) for request in plan.new_requests for table in request.block_tables]
+    taken = np.concatenate(given)
+    taken = taken[taken != NO_BLOCK]
+    return any(bool(np.isin(table, taken).any()) for table in batch.block_tables)
+
+
+class _SpoiledError(Exception):
+    """A step went on from tokens that were wrong."""
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -22,7 +22,8 @@ from executor_svc.executor import BrokenDeviceError, Executor
 from executor_svc.machine import process_age_s
 from executor_svc.membership import Membership, RefusedError
 from executor_svc.metrics import ExecutorMetrics
-from executor_svc.service import ExecutorService, ModelThread
+from executor_svc.model_thread import ModelThread
+from executor_svc.service import ExecutorService
 from executor_svc.start_times import Progress, StartTimes
 from paceline.internal.v1 import executor_pb2_grpc
 

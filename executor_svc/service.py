@@ -1,141 +1,23 @@
-"""The step stream, seen from the executor: fences, hands plans to the model thread, sends results back."""
+"""The step stream, seen from the executor: fences, hands plans to the model's threads, sends results back."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
-import threading
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
 import structlog
 
 from common.processes import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
-from executor_svc.executor import BrokenDeviceError, Executor, PlanError
-from executor_svc.metrics import ExecutorMetrics
+from executor_svc.executor import BrokenDeviceError, PlanError
+from executor_svc.model_thread import PLANS_IN_FLIGHT, Announcement, Attachment, ModelThread
 from paceline.internal.v1 import executor_pb2 as pb
 from paceline.internal.v1 import executor_pb2_grpc
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
-
-PLANS_IN_FLIGHT = 2
-_ANNOUNCEMENT_S = 1.0
-_FLUSH_S = 0.005  # gRPC counts a message as written a moment before it has left the process
-
-
-@dataclass(eq=False)
-class Announcement:
-    """A step is about to run; it waits until that is on its way."""
-
-    started: pb.StepStarted
-    is_sent: threading.Event = field(default_factory=threading.Event)
-
-
-Outcome = pb.Attached | pb.StepResult | Announcement | Exception
-
-
-@dataclass(eq=False)
-class Attachment:
-    """One stream from a scheduler. The newest one with the highest epoch owns the executor."""
-
-    epoch: int
-    scheduler_id: str
-    resume: bool  # goes on with what the one before it left
-    outcomes: asyncio.Queue[Outcome | None] = field(default_factory=asyncio.Queue)
-    unanswered_count: int = 0
-    over: bool = False  # its plans are not to be run any more
-
-
-class ModelThread:
-    """The one thread in which the model runs: takes plans in order, gives outcomes to the loop."""
-
-    def __init__(
-        self, executor: Executor, loop: asyncio.AbstractEventLoop, metrics: ExecutorMetrics | None = None
-    ) -> None:
-        """Start the thread; `metrics` are told of each step."""
-        self._executor = executor
-        self._metrics = metrics
-        self._loop = loop
-        self._plans: queue.SimpleQueue[tuple[Attachment, pb.Plan | None, float] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
-
-    def begin(self, attachment: Attachment) -> None:
-        """Say what is there, or forget it, before the first plan of this attachment."""
-        self._plans.put((attachment, None, time.perf_counter()))
-
-    def forget(self, attachment: Attachment) -> None:
-        """Forget what this attachment has left, unless another one has taken it over."""
-        attachment.over = False
-        attachment.resume = False
-        self._plans.put((attachment, None, time.perf_counter()))
-
-    def submit(self, attachment: Attachment, plan: pb.Plan) -> None:
-        """Run a plan after those before it."""
-        self._plans.put((attachment, plan, time.perf_counter()))
-
-    def stop(self) -> None:
-        """End after the plan that runs now, some time soon."""
-        self._plans.put(None)
-
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end; returns whether it came."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        free_at = time.perf_counter()
-        while (item := self._plans.get()) is not None:
-            attachment, plan, came_at = item
-            if attachment.over:
-                continue
-            if plan is None:
-                self._tell(attachment, self._begin(attachment))
-                continue
-            if plan.announces:
-                self._announce(attachment, plan.step)
-            started_at = time.perf_counter()
-            outcome = self._execute(plan, attachment.epoch)
-            if isinstance(outcome, pb.StepResult):
-                outcome.timings.queued_us = round((started_at - came_at) * 1e6)
-                outcome.timings.idle_us = min(round(max(came_at - free_at, 0.0) * 1e6), 0xFFFFFFFF)
-            free_at = time.perf_counter()
-            self._tell(attachment, outcome)
-            if self._metrics is not None and isinstance(outcome, pb.StepResult):
-                self._metrics.note_step(plan, outcome)  # the scheduler need not wait for it
-
-    def _tell(self, attachment: Attachment, outcome: Outcome) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-            self._loop.call_soon_threadsafe(attachment.outcomes.put_nowait, outcome)
-
-    def _begin(self, attachment: Attachment) -> pb.Attached | Exception:
-        try:
-            if not attachment.resume:
-                self._executor.reset()
-            return self._executor.inventory()
-        except Exception as error:  # noqa: BLE001  the attachment ends with it, the thread goes on
-            self._executor.reset()
-            return error
-
-    def _announce(self, attachment: Attachment, step: int) -> None:
-        """Say that a step begins, and wait until it is said: the process may not live to say anything after it."""
-        announcement = Announcement(pb.StepStarted(step=step))
-        self._tell(attachment, announcement)
-        announcement.is_sent.wait(_ANNOUNCEMENT_S)
-        time.sleep(_FLUSH_S)
-
-    def _execute(self, plan: pb.Plan, epoch: int) -> pb.StepResult | Exception:
-        try:
-            return self._executor.execute(plan, epoch)
-        except Exception as error:  # noqa: BLE001  the attachment ends with it, the thread goes on
-            self._executor.reset()  # it may have taken in half of the plan: nobody must go on from there
-            return error
 
 
 class ExecutorService(executor_pb2_grpc.ExecutorServiceServicer):

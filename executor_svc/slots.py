@@ -1,5 +1,7 @@
 """What the executor knows of its requests: one entry of every array for each slot."""
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,8 +43,10 @@ class Slots:
         self.decoding: NDArray[np.bool_] = np.zeros(count, dtype=bool)
         self.halted: NDArray[np.bool_] = np.zeros(count, dtype=bool)
         self.computed: IntArray = np.zeros(count, dtype=np.int64)  # tokens in the cache
-        self.last_token: IntArray = np.zeros(count, dtype=np.int64)  # sampled last; decoding slots only
-        self.output_count: IntArray = np.zeros(count, dtype=np.int64)  # tokens generated, earlier placements included
+        self.last_token: IntArray = np.zeros(count, dtype=np.int64)  # sampled last, as in a batch; decoding slots only
+        self.output_count: IntArray = np.zeros(count, dtype=np.int64)  # tokens generated, earlier placements and those
+        # on their way included
+        self.awaited_steps: IntArray = np.zeros(count, dtype=np.int64)  # begun last of those that sample the slot
         self.max_output_count: IntArray = np.zeros(count, dtype=np.int64)
         self.block_tables = [
             np.zeros((count, -(-info.context_length // group.block_size)), dtype=np.int32) for group in self._groups
@@ -106,7 +110,7 @@ class Slots:
         self.attempts[slot] = (epoch, request.attempt)
         self.keys[slot] = request.key
         self.generated[slot] = []
-        self.sampled_steps[slot] = 0
+        self.sampled_steps[slot] = self.awaited_steps[slot] = 0
         self.errors[slot] = ""
         sampling = request.sampling
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
@@ -181,7 +185,7 @@ class Slots:
             query_lengths=lengths,
             context_lengths=context_lengths,
             block_tables=tuple(
-                self._tables_of(group, rows, int(context_lengths.max())) for group in range(len(self._groups))
+                self._tables_of(group, rows, int(context_lengths.max(initial=0))) for group in range(len(self._groups))
             ),
             sampling=SamplingBatch(
                 row_index=np.flatnonzero(samples),
@@ -199,6 +203,27 @@ class Slots:
         width = -(-token_count // self._groups[group].block_size)
         return self.block_tables[group][rows, :width]
 
+    def computing(self, slots: IntArray) -> NDArray[np.bool_]:
+        """Which of these slots still compute something, as far as that can be known now."""
+        return ~self.halted[slots] & (self.output_count[slots] < self.max_output_count[slots])
+
+    def begin(self, sampled: IntArray, batch: StepBatch, step: int) -> None:
+        """A step is on its way: it computes `batch`, and `sampled` decode from then on."""
+        self.computed[batch.slots] += batch.query_lengths
+        self.decoding[sampled] = True
+        awaited = batch.slots[batch.sampling.row_index]
+        self.output_count[awaited] += 1
+        self.awaited_steps[awaited] = step
+        self.last_token[awaited] = -1 - np.arange(len(awaited))
+
+    def take_back(self, batch: StepBatch, failures: Collection[int]) -> None:
+        """Some rows of a step did not count: those that had ended before it, and those that failed in it."""
+        in_vain = self.halted[batch.slots]
+        self.computed[batch.slots[in_vain]] -= batch.query_lengths[in_vain]
+        gave_nothing = in_vain | np.isin(batch.slots, list(failures)) if failures else in_vain
+        rows = batch.sampling.row_index
+        self.output_count[batch.slots[rows[gave_nothing[rows]]]] -= 1
+
     def fail(self, slot: int, error: str, *, out_of_memory: bool) -> None:
         """Stop a slot for good."""
         self.halted[slot] = True
@@ -207,10 +232,10 @@ class Slots:
 
     def record(self, sampled: IntArray, token_ids: IntArray, step: int) -> None:
         """Take in the tokens that slots have sampled in this step; halt those which are through."""
-        self.last_token[sampled] = token_ids
+        is_last = self.awaited_steps[sampled] == step  # else one more is on its way
+        self.last_token[sampled[is_last]] = token_ids[is_last]
         self.sampled_steps[sampled] = step
-        self.output_count[sampled] += 1
-        through = self.output_count[sampled] >= self.max_output_count[sampled]
+        through = is_last & (self.output_count[sampled] >= self.max_output_count[sampled])
         self.halted[sampled[through]] = True
         for slot, token in zip(sampled.tolist(), token_ids.tolist(), strict=True):
             self.generated[slot].append(token)

@@ -1,6 +1,9 @@
 """The runner that computes: a transformers model in packed mode, its paged cache and the sampler."""
 
+from __future__ import annotations
+
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -8,10 +11,11 @@ from time import perf_counter
 import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 
 from common.serving_folder import weight_names
 from executor_svc.attention.torch_backend import TorchAttention
-from executor_svc.batch import IntArray, LayerGroup, RunnerInfo, StepBatch, StepOutput
+from executor_svc.batch import Ended, IntArray, Launched, LayerGroup, RunnerInfo, StepBatch, StepOutput
 from executor_svc.config import ExecutorConfig
 from executor_svc.kept_checks import CheckFile, Checks, versions
 from executor_svc.kv_cache import PagedPool
@@ -19,6 +23,7 @@ from executor_svc.machine import available_memory_bytes, resident_bytes, usable_
 from executor_svc.memory import trim
 from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model, open_folder
 from executor_svc.native.build import library_key, processor
+from executor_svc.native.model import NativeDecoder, NativeRun
 from executor_svc.pool_geometry import PoolGeometry
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
@@ -35,7 +40,7 @@ class StepError(RuntimeError):
 
 
 class TorchRunner:
-    """Runs steps of one model over one paged cache. Called from one thread only."""
+    """Runs steps of one model over one paged cache; those in C++ by themselves, as an `AheadRunner`."""
 
     def __init__(self, loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig) -> None:
         self._model = loaded.steps
@@ -56,7 +61,7 @@ class TorchRunner:
         )
 
     @classmethod
-    def load(cls, config: ExecutorConfig, progress: Progress) -> "TorchRunner":
+    def load(cls, config: ExecutorConfig, progress: Progress) -> TorchRunner:
         """Load the model, test it, measure what memory is left and make the cache of it.
 
         `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
@@ -93,19 +98,30 @@ class TorchRunner:
         progress("ready", 1.0)
         return cls(loaded, pool, config)
 
+    def launch(self, batch: StepBatch) -> Launched:
+        """Begin the step where C++ runs it; else compute it now. Raises what `run` does."""
+        if isinstance(self._model, NativeDecoder):
+            given = (*_lengths_and_tables(batch), batch.token_ids, self._pool, _sampled_tokens(batch))
+            with torch.inference_mode():
+                run = self._model.launch(*given)
+            return _OnItsWay(run, batch, self._sample)
+        return Ended(self.run(batch))
+
     def run(self, batch: StepBatch) -> StepOutput:
         """Compute the step: write keys and values of every token, sample one token for each sampling row.
 
         Raises:
             StepError: a row's logits are not finite.
         """
+        if isinstance(self._model, NativeDecoder):
+            return self.launch(batch).result()
         started = perf_counter()
         with torch.inference_mode():
             logits = _forward(self._model, self._pool, batch)
             if logits.is_cuda:
                 torch.cuda.synchronize(logits.device)  # or the forward pass would be timed as sampling
             forward_done = perf_counter()
-            token_ids = self._sample(logits, batch)
+            token_ids = self._sample(logits, self._model.likeliest(logits), batch)
         return StepOutput(token_ids, forward_done - started, perf_counter() - forward_done)
 
     def check_device(self) -> None:
@@ -119,11 +135,11 @@ class TorchRunner:
         with torch.inference_mode():
             self._pool.copy_blocks(sources, destinations)
 
-    def _sample(self, logits: torch.Tensor, batch: StepBatch) -> IntArray:
+    def _sample(self, logits: torch.Tensor, likeliest: tuple[torch.Tensor, torch.Tensor], batch: StepBatch) -> IntArray:
         if not len(batch.sampling):
             return np.empty(0, dtype=np.int64)
         try:
-            return sample(logits, self._model.likeliest(logits), batch.sampling)
+            return sample(logits, likeliest, batch.sampling)
         except NonFiniteLogitsError as error:
             slots = batch.slots[batch.sampling.row_index[error.rows]].tolist()
             raise StepError(
@@ -175,12 +191,48 @@ def _model_files(path: Path) -> list[str]:
     return [name for name in ("config.json", *weight_names(path)) if (path / name).is_file()]
 
 
+class _OnItsWay:
+    """A step in C++: those that follow find its tokens there, unless some of them are drawn, which is done here."""
+
+    def __init__(
+        self,
+        run: NativeRun,
+        batch: StepBatch,
+        sample_rows: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor], StepBatch], IntArray],
+    ) -> None:
+        self.keeps_tokens = not (batch.sampling.temperature > 0).any()
+        self._run = run
+        self._batch = batch
+        self._sample_rows = sample_rows
+
+    def wait(self) -> None:
+        self._run.wait()
+
+    def result(self) -> StepOutput:
+        run = self._run
+        run.wait()
+        began = perf_counter()
+        with torch.inference_mode():
+            likeliest = torch.from_numpy(run.highest), torch.from_numpy(run.likeliest)
+            token_ids = self._sample_rows(run.logits, likeliest, self._batch)
+        return StepOutput(token_ids, run.seconds, perf_counter() - began)
+
+
+def _lengths_and_tables(batch: StepBatch) -> tuple[IntArray, IntArray, tuple[NDArray[np.int32], ...]]:
+    return batch.query_lengths, batch.context_lengths, batch.block_tables
+
+
+def _sampled_tokens(batch: StepBatch) -> IntArray:
+    """Which of the step's tokens give logits."""
+    last_token: IntArray = np.cumsum(batch.query_lengths) - 1
+    return last_token[batch.sampling.row_index]
+
+
 def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
     """Compute the step and return the logits of its sampling rows, `[S, vocabulary]`."""
-    last_token = np.cumsum(batch.query_lengths) - 1
     token_ids = torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(model.device)
-    row_index = torch.from_numpy(last_token[batch.sampling.row_index]).to(model.device)
-    return model.step(batch.query_lengths, batch.context_lengths, batch.block_tables, token_ids, pool, row_index)
+    row_index = torch.from_numpy(_sampled_tokens(batch)).to(model.device)
+    return model.step(*_lengths_and_tables(batch), token_ids, pool, row_index)
 
 
 def _step_bytes(

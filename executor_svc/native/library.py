@@ -53,7 +53,7 @@ class NativeStep(ctypes.Structure):
 
     _fields_ = [
         *_fields("token_count row_count sampled_count", Integer),
-        *_fields("row_start context tables widths cosine sine tokens sampled", Pointer),
+        *_fields("row_start context tables widths cosine sine tokens previous sampled", Pointer),
         *_fields("logits likeliest highest scratch", Pointer),
     ]
 
@@ -73,7 +73,8 @@ def library() -> ctypes.CDLL:
         "paceline_scratch_bytes": (Integer, [Pointer, Integer]),
         "paceline_team": (Pointer, [Integer]),
         "paceline_team_end": (None, [Pointer]),
-        "paceline_step": (None, [Pointer, Pointer, Pointer]),
+        "paceline_submit": (ctypes.c_uint32, [Pointer, Pointer, Pointer]),
+        "paceline_wait": (Integer, [Pointer, ctypes.c_uint32]),
         "paceline_spent_ns": (None, [Pointer, Pointer]),
     }
     for name, (result, arguments) in signatures.items():

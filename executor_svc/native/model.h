@@ -34,7 +34,8 @@ struct Step {
     const int32_t *const *tables;  // by group [rows, width]
     const int64_t *widths;         // by group
     const float *cosine, *sine;    // [positions, rotated]
-    const int64_t *tokens;         // [tokens] ids
+    const int64_t *tokens;         // [tokens] ids; -1 - i is `previous[i]`
+    const int64_t *previous;       // `likeliest` of the step before
     const int64_t *sampled;        // [sampled] tokens whose logits are wanted
     float *logits;                 // [sampled, padded vocabulary]
     int64_t *likeliest;            // [sampled] where the highest logit is, the first of several

@@ -52,6 +52,7 @@ class NativeDecoder:
             self._weights = PackedWeights(model, dtype, self._rotations_to(1)[0].shape[-1], as_int8)
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
+        self._last: NativeRun | None = None  # launched
 
     def __del__(self) -> None:
         if team := getattr(self, "_team", None):
@@ -70,17 +71,32 @@ class NativeDecoder:
 
         The arguments are those of a `StepBatch`. What is returned is overwritten by the next step.
         """
+        run = self.launch(query_lengths, context_lengths, block_tables, token_ids.numpy(), pool, row_index.numpy())
+        run.wait()
+        return run.logits
+
+    def launch(
+        self,
+        query_lengths: IntArray,
+        context_lengths: IntArray,
+        block_tables: Sequence[NDArray[np.int32]],
+        token_ids: IntArray,
+        pool: PagedPool,
+        row_index: IntArray,
+    ) -> NativeRun:
+        """Have a step run after those before it, which the tokens may come from, as in a `StepBatch`."""
         row_start = np.zeros(len(query_lengths) + 1, dtype=np.int64)
         np.cumsum(query_lengths, out=row_start[1:])
         contexts = np.ascontiguousarray(context_lengths, dtype=np.int64)
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in block_tables]
         table_starts = (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables))
         widths = np.array([table.shape[1] for table in tables], dtype=np.int64)
-        sampled, logits = row_index.contiguous(), self._logits_of(len(row_index))
+        token_ids, sampled = np.ascontiguousarray(token_ids), np.ascontiguousarray(row_index)
         cosine, sine = self._rotations_to(int(contexts.max()))
         # Not torch's: its allocator can take longer for a few bytes than all that is done here.
         highest, likeliest = np.empty(len(sampled), dtype=np.float32), np.empty(len(sampled), dtype=np.int64)
-        self._likeliest = torch.from_numpy(highest), torch.from_numpy(likeliest)
+        scratch, logits = self._scratch_for(len(token_ids)), self._logits_of(len(sampled))
+        previous = self._last.likeliest if self._last is not None else likeliest
         model = self._weights.model
         model.layers = ctypes.addressof(self._layers(pool))
         step = NativeStep(
@@ -93,19 +109,32 @@ class NativeDecoder:
             widths=widths.ctypes.data,
             cosine=cosine.data_ptr(),
             sine=sine.data_ptr(),
-            tokens=token_ids.data_ptr(),
-            sampled=sampled.data_ptr(),
+            tokens=token_ids.ctypes.data,
+            previous=previous.ctypes.data,
+            sampled=sampled.ctypes.data,
             logits=logits.data_ptr(),
             likeliest=likeliest.ctypes.data,
             highest=highest.ctypes.data,
-            scratch=self._scratch_for(len(token_ids)),
+            scratch=scratch.data_ptr(),
         )
-        self._library.paceline_step(self._team, ctypes.byref(model), ctypes.byref(step))
-        return logits[:, : model.vocabulary]
+        read = (row_start, contexts, tables, table_starts, widths, token_ids, sampled, cosine, sine, previous, scratch)
+        self._last = NativeRun(self, step, logits[:, : model.vocabulary], highest, likeliest, read)
+        return self._last
+
+    def submit(self, step: NativeStep) -> int:
+        """Put a step behind those before it; returns its number."""
+        number: int = self._library.paceline_submit(self._team, ctypes.byref(self._weights.model), ctypes.byref(step))
+        return number
+
+    def wait(self, number: int) -> float:
+        """Wait until the step of that number is over; returns the seconds that it took."""
+        took_ns: int = self._library.paceline_wait(self._team, number)
+        return took_ns / 1e9
 
     def likeliest(self, _logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The highest logit of each row of the last step, NaN where one of its logits is, and its token."""
-        return self._likeliest
+        assert self._last is not None
+        return torch.from_numpy(self._last.highest), torch.from_numpy(self._last.likeliest)
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase of all steps since the last call: each phase of a layer summed over the layers."""
@@ -139,17 +168,45 @@ class NativeDecoder:
             self._rotations = cosine[0].contiguous(), sine[0].contiguous()
         return self._rotations
 
-    def _scratch_for(self, token_count: int) -> int:
+    def _scratch_for(self, token_count: int) -> torch.Tensor:
         needed = self._library.paceline_scratch_bytes(ctypes.byref(self._weights.model), token_count)
         if self._scratch.numel() < needed:
             self._scratch = aligned(needed)
-        return self._scratch.data_ptr()
+        return self._scratch
 
     def _logits_of(self, count: int) -> torch.Tensor:
         width = -(-self._weights.model.vocabulary // BLOCK) * BLOCK
         if self._logits.numel() < count * width:
             self._logits = aligned(4 * count * width).view(torch.float32)
         return self._logits[: count * width].view(count, width)
+
+
+class NativeRun:
+    """A step on its way, and all that it reads and writes."""
+
+    def __init__(
+        self,
+        decoder: NativeDecoder,
+        step: NativeStep,
+        logits: torch.Tensor,
+        highest: NDArray[np.float32],
+        likeliest: IntArray,
+        read: tuple[Any, ...],
+    ) -> None:
+        """Begin; `read` is what the pointers of `step` lead to."""
+        self.logits = logits  # [rows, vocabulary], overwritten by the next step
+        self.highest = highest  # [rows] NaN where one of the row's logits is
+        self.likeliest = likeliest  # [rows]
+        self.seconds = 0.0
+        self._decoder = decoder  # it must not go before the step is over
+        self._kept: tuple[Any, ...] = (step, *read)
+        self._number = decoder.submit(step)
+
+    def wait(self) -> None:
+        """Wait until the step is over."""
+        if self._kept:
+            self.seconds = self._decoder.wait(self._number)
+            self._kept = ()
 
 
 def _check_traits(traits: PackedTraits) -> None:

@@ -211,7 +211,10 @@ template <class T> struct Program {
     }
 
     void run() {
-        deal(EMBED, s.token_count, 4, [&](int64_t t) { embed(s.tokens[t], x + t * m.hidden); });
+        deal(EMBED, s.token_count, 4, [&](int64_t t) {
+            const int64_t id = s.tokens[t];
+            embed(id < 0 ? s.previous[-1 - id] : id, x + t * m.hidden);
+        });
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
         deal(NORM, s.sampled_count, 4, [&](int64_t i) {
             norm(x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden);
@@ -292,7 +295,34 @@ void run_program(Team &team, bool keeps_time) {
     Program<float>(team, keeps_time).run();
 }
 
-void serve(Team &team) {
+// The leader has the others run a step, and runs it with them.
+void run_step(Team &team, Submitted &submitted) {
+    const int64_t began = now_ns();
+    team.model = submitted.model;
+    team.step = submitted.step;
+    const size_t phases = size_t(team.model->layer_count) * 9 + 4;
+    if (team.phases.size() != phases) team.phases = std::vector<Phase>(phases);
+    for (Phase &phase : team.phases) phase.begin();
+    cut(team);
+    team.left.store(uint32_t(team.thread_count) - 1, std::memory_order_relaxed);
+    team.order.fetch_add(1, std::memory_order_release);
+    team.order.notify_all();
+    run_program(team, true);
+    for (uint32_t left; (left = team.left.load(std::memory_order_acquire)) != 0;) wait_while(team.left, left);
+    submitted.took_ns = now_ns() - began;
+}
+
+void lead(Team &team) {
+    for (uint32_t number = 0;; number++) {
+        wait_while(team.submitted, number);
+        if (team.is_over) return;
+        run_step(team, team.queue[number % MOST_SUBMITTED]);
+        team.completed.store(number + 1, std::memory_order_release);
+        team.completed.notify_all();
+    }
+}
+
+void follow(Team &team) {
     for (uint32_t seen = 0;;) {
         wait_while(team.order, seen);
         seen = team.order.load(std::memory_order_acquire);
@@ -357,10 +387,13 @@ EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
     return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * (m->hidden + qkv)) + 6 * 64;
 }
 
+// Ends a team whose steps have all been waited for.
 EXPORT void paceline_team_end(Team *team) {
     team->is_over = true;
-    team->order.fetch_add(1, std::memory_order_release);
-    team->order.notify_all();
+    for (auto *word : {&team->submitted, &team->order}) {
+        word->fetch_add(1, std::memory_order_release);
+        word->notify_all();
+    }
     for (auto &thread : team->threads) thread.join();
     delete team;
 }
@@ -370,7 +403,8 @@ EXPORT Team *paceline_team(int64_t threads) {
     Team *team = new Team;
     team->thread_count = threads;
     try {
-        for (int64_t i = 1; i < threads; i++) team->threads.emplace_back([team] { serve(*team); });
+        team->threads.emplace_back([team] { lead(*team); });
+        for (int64_t i = 1; i < threads; i++) team->threads.emplace_back([team] { follow(*team); });
     } catch (const std::exception &) {
         paceline_team_end(team);
         return nullptr;
@@ -378,18 +412,21 @@ EXPORT Team *paceline_team(int64_t threads) {
     return team;
 }
 
-EXPORT void paceline_step(Team *team, const Model *model, const Step *step) {
-    const size_t phases = size_t(model->layer_count) * 9 + 4;
-    if (team->phases.size() != phases) team->phases = std::vector<Phase>(phases);
-    for (Phase &phase : team->phases) phase.begin();
-    team->model = model;
-    team->step = step;
-    cut(*team);
-    team->left.store(uint32_t(team->threads.size()), std::memory_order_relaxed);
-    team->order.fetch_add(1, std::memory_order_release);
-    team->order.notify_all();
-    run_program(*team, true);
-    for (uint32_t left; (left = team->left.load(std::memory_order_acquire)) != 0;) wait_while(team->left, left);
+// Have a step run after those before it, at most `MOST_SUBMITTED` of which are not over; returns its number. What the
+// pointers lead to must stay until it has been waited for. Only one thread submits at a time.
+EXPORT uint32_t paceline_submit(Team *team, const Model *model, const Step *step) {
+    const uint32_t number = team->submitted.load(std::memory_order_relaxed);
+    team->queue[number % MOST_SUBMITTED] = {model, step, 0};
+    team->submitted.store(number + 1, std::memory_order_release);
+    team->submitted.notify_all();
+    return number;
+}
+
+// Wait until a step is over; returns the nanoseconds that it took. Of steps long ago that is not known any more.
+EXPORT int64_t paceline_wait(Team *team, uint32_t number) {
+    for (uint32_t now; int32_t((now = team->completed.load(std::memory_order_acquire)) - number) <= 0;)
+        team->completed.wait(now, std::memory_order_acquire);
+    return team->queue[number % MOST_SUBMITTED].took_ns;
 }
 
 // Nanoseconds by kind of phase since the last call.

@@ -79,13 +79,24 @@ struct Piece {
     int64_t row_of(int64_t token) const { return alike ? row + token : row; }
 };
 
-// Threads that sleep between steps. The caller of a step is one of them.
+constexpr uint32_t MOST_SUBMITTED = 4;
+
+// A step that waits for its turn, or has run.
+struct Submitted {
+    const Model *model;
+    const Step *step;
+    int64_t took_ns;
+};
+
+// Threads that run steps in the order in which they are submitted, and sleep when there is none. The first one leads.
 struct Team {
     std::vector<std::thread> threads;
     int64_t thread_count = 1;
-    std::atomic<uint32_t> order{0};  // counts steps
+    Submitted queue[MOST_SUBMITTED];
+    std::atomic<uint32_t> submitted{0}, completed{0};  // steps
+    std::atomic<uint32_t> order{0};  // of the leader to the others: counts steps
     std::atomic<uint32_t> left{0};   // threads that are not through with the step
-    bool is_over = false;
+    std::atomic<bool> is_over{false};
     const Model *model = nullptr;
     const Step *step = nullptr;
     std::vector<Piece> pieces;     // of the step, for its attention

@@ -10,7 +10,8 @@ import pytest
 from executor_svc.config import ExecutorConfig
 from executor_svc.executor import Executor
 from executor_svc.fake import FakeRunner, next_token
-from executor_svc.service import ExecutorService, ModelThread
+from executor_svc.model_thread import ModelThread
+from executor_svc.service import ExecutorService
 from paceline.internal.v1 import executor_pb2 as pb
 from paceline.internal.v1 import executor_pb2_grpc
 from tests.executor_svc.test_executor import first_plan, start, tokens_of

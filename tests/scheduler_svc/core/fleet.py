@@ -11,7 +11,7 @@ import pytest
 
 from executor_svc import batch as executor_batch
 from executor_svc.config import ExecutorConfig
-from executor_svc.executor import Executor, PlanError
+from executor_svc.executor import Begun, Executor, PlanError
 from executor_svc.fake import FakeRunner, _mix, next_token
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc import wire
@@ -107,6 +107,57 @@ class CheckingRunner(FakeRunner):
         raise AssertionError("no layer group to take the sum from")
 
 
+class AheadRunner(CheckingRunner):
+    """A device that works by itself, as slowly as can be: a step runs when it, or a later one, is waited for."""
+
+    _last = None  # launched
+
+    def launch(self, batch):
+        self._last = LaunchedStep(self, batch, self._last)
+        return self._last
+
+    def run(self, batch):
+        if self._last is not None:
+            self._last.wait()
+        return self.compute(batch)
+
+    def compute(self, batch):
+        return super().run(batch)
+
+
+class LaunchedStep:
+    def __init__(self, runner, batch, before):
+        self.keeps_tokens = not (batch.sampling.temperature > 0).any()
+        self._runner, self._batch, self._before = runner, batch, before
+        self._output = self.error = None
+
+    def wait(self):
+        if self._batch is None:
+            return
+        is_garbage = False
+        if self._before is not None:
+            self._before.wait()
+            self._batch = self._batch.known(self._before.token_ids)
+            is_garbage = self._before.error is not None
+        self.token_ids = np.full(len(self._batch.sampling), 7)  # what a step that fails leaves behind
+        try:
+            self._output = self._runner.compute(self._batch)
+            self.token_ids = self._output.token_ids
+        except ValueError as error:
+            self.error = error
+        except AssertionError as error:
+            if not is_garbage:
+                raise
+            self.error = error
+        self._batch = self._before = None
+
+    def result(self):
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        return self._output
+
+
 def _terms(token_ids, positions):
     return _mix(token_ids.astype(np.uint64) + (positions.astype(np.uint64) << np.uint64(20)))
 
@@ -122,13 +173,14 @@ def fake_executor(capacity: Capacity) -> Executor:
         fake_step_us=0,
         fake_token_us=0,
     )
-    return Executor(CheckingRunner(config, executor_groups(capacity.layer_groups)))
+    return Executor(AheadRunner(config, executor_groups(capacity.layer_groups)))
 
 
 class Fleet:
     """Drives a scheduler and its executors event by event; every message crosses the wire format.
 
-    A step takes `step_s` seconds and `token_s` for each token, by the executors' own account.
+    A step takes `step_s` seconds and `token_s` for each token, by the executors' own account. An executor has begun the
+    plan after it, if there is one and that can be, before it finishes a step.
     """
 
     def __init__(self, policy=None, *, reuse: bool = True, step_s: float = 0.1, token_s: float = 0.05) -> None:
@@ -136,12 +188,14 @@ class Fleet:
         self.requests: list[Request] = []  # each choice by itself
         self.tokens: dict[Request, list[int]] = {}  # what each request's user received
         self.computed_count = 0  # tokens that executors computed
+        self.begun_ahead_count = 0  # steps that were begun before the one before had ended
         self.durable_counts: dict[Request, int] = {}  # tokens of each request that are written down
         self.absent: dict[str, tuple[Executor, Capacity]] = {}  # alive, and not attached
         self._acknowledged: dict[str, int] = {}
         self._last: dict[str, tuple[bytes, Result]] = {}  # plan and result that each executor has seen last
         self._executors: dict[str, Executor] = {}
         self._plans: dict[str, deque[tuple[bytes, int]]] = {}  # sent and not run, each with its tokens
+        self._begun: dict[str, Begun] = {}  # by executor: the step of the oldest plan that was not run
         self._step_s, self._token_s = step_s, token_s
 
     def join(self, executor_id: str, capacity: Capacity) -> None:
@@ -151,10 +205,11 @@ class Fleet:
 
     def cut(self, executor_id: str, run_count: int, *, may_return: bool) -> list[Request]:
         """Let the stream break: of the plans on their way `run_count` arrived and ran, and all results are lost."""
-        executor, plans = self._executors.pop(executor_id), self._plans.pop(executor_id)
-        for data, token_count in list(plans)[:run_count]:
-            executor.execute(pb.Plan.FromString(data))
-            self.computed_count += token_count
+        for _ in range(min(len(self._plans[executor_id]), run_count)):
+            self._execute(executor_id)
+        while executor_id in self._begun:
+            self._execute(executor_id)
+        executor, _ = self._executors.pop(executor_id), self._plans.pop(executor_id)
         self.absent[executor_id] = executor, self.scheduler.executors[executor_id].capacity
         return self.scheduler.lose(executor_id, may_return=may_return)
 
@@ -232,6 +287,7 @@ class Fleet:
 
     def lose(self, executor_id: str) -> list[Request]:
         del self._executors[executor_id], self._plans[executor_id]
+        self._begun.pop(executor_id, None)
         return self.scheduler.lose(executor_id)
 
     def add(self, request: Request) -> None:
@@ -256,15 +312,24 @@ class Fleet:
 
     def run(self, executor_id: str) -> Outputs:
         """Let the executor run its oldest plan, and apply the result."""
-        data, token_count = self._plans[executor_id].popleft()
-        message = self._executors[executor_id].execute(pb.Plan.FromString(data)).SerializeToString()
-        result = wire.decode_result(pb.StepResult.FromString(message))
+        data, token_count = self._plans[executor_id][0]
+        result = wire.decode_result(pb.StepResult.FromString(self._execute(executor_id)))
         result = replace(result, seconds=self._step_s + self._token_s * token_count)
         outputs = self.scheduler.apply(executor_id, result)
         self._last[executor_id] = data, result
-        self.computed_count += token_count
         self._receive(outputs)
         return outputs
+
+    def _execute(self, executor_id: str) -> bytes:
+        """Let an executor run its oldest plan, and begin the next one if that can be; returns the result."""
+        executor, plans = self._executors[executor_id], self._plans[executor_id]
+        data, token_count = plans.popleft()
+        begun = self._begun.pop(executor_id, None) or executor.begin(pb.Plan.FromString(data))
+        if plans and not executor.has_to_wait(following := pb.Plan.FromString(plans[0][0])):
+            self._begun[executor_id] = executor.begin(following)
+            self.begun_ahead_count += 1
+        self.computed_count += token_count
+        return executor.finish(begun).SerializeToString()
 
     def repeat(self, executor_id: str) -> None:
         """Let a plan that was run, and a result that was applied, arrive again: both sides refuse them."""
@@ -281,7 +346,7 @@ class Fleet:
 
     def swap(self, executor_id: str) -> None:
         """Let two plans on their way arrive the wrong way round: the later one is refused, as if it had not come."""
-        if len(self._plans[executor_id]) < 2:
+        if len(self._plans[executor_id]) < 2 or executor_id in self._begun:
             return
         executor = self._executors[executor_id]
         before = executor.inventory()
