@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor_svc.memory import forget
+from executor_svc.memory import Arena, forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
 
@@ -95,6 +95,7 @@ class PackedWeights:
         It is of no other use afterwards.
         """
         self._kept: list[torch.Tensor] = []
+        self._arena = Arena()
         config, first = model.config, model.model.layers[0]
         self._dtype, self._as_int8 = dtype, as_int8
         embedding = model.get_input_embeddings()
@@ -162,7 +163,7 @@ class PackedWeights:
         of_int8 = matrix.dtype if matrix.dtype in _TYPES else torch.float32  # rounded once, from what is in the files
         plain = matrix.detach().to(of_int8 if self._as_int8 else self._dtype).contiguous()
         outputs, inputs = plain.shape
-        packed = aligned(_padded(outputs) * (4 + inputs if self._as_int8 else inputs * plain.element_size()))
+        packed = self._arena.take(_padded(outputs) * (4 + inputs if self._as_int8 else inputs * plain.element_size()))
         shape = plain.data_ptr(), outputs, inputs, packed.data_ptr()
         is_bf16 = self._dtype == torch.bfloat16
         if self._as_int8:
