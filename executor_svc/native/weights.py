@@ -11,15 +11,13 @@ from torch import nn
 from executor_svc.memory import Arena, forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
+from executor_svc.native.parts import LAYERS, parts_of
 
 BLOCK = 32  # outputs that are packed together
 _ALIGNMENT = 64
 _LARGEST_DIM = 256
 _MOST_SHARED = 16  # query heads of one key head
 _ROWS_AT_ONCE = 4096
-
-# Decoder layers that are: norm, attention, add, norm, gated product, add. The self-test is the judge of the result.
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
@@ -36,7 +34,7 @@ def _reason_against(model: Any, dtype: torch.dtype) -> str:
     config = model.config
     layers = getattr(getattr(model, "model", None), "layers", None)
     kinds = {type(layer).__name__ for layer in layers or ()}
-    if not layers or not kinds <= set(_LAYERS):
+    if not layers or not kinds <= set(LAYERS):
         return f"its layers ({', '.join(sorted(kinds)) or 'none known'}) are not of a kind that is written in C++"
     if dtype not in _TYPES:
         return f"its type is {dtype}"
@@ -59,13 +57,12 @@ def _reason_against(model: Any, dtype: torch.dtype) -> str:
 
 
 def _linears(model: Any) -> list[nn.Linear]:
-    attentions = [layer.self_attn for layer in model.model.layers]
-    return [*_unbiased(model), *(one for a in attentions for one in (a.q_proj, a.k_proj, a.v_proj, a.o_proj))]
+    return [model.lm_head, *(linear for layer in model.model.layers for linear in parts_of(layer).linears)]
 
 
 def _unbiased(model: Any) -> list[nn.Linear]:
-    mlps = [layer.mlp for layer in model.model.layers]
-    return [model.lm_head, *(linear for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))]
+    parts = [parts_of(layer) for layer in model.model.layers]
+    return [model.lm_head, *(linear for part in parts for linear in (*part.gate_up, part.down))]
 
 
 def round_to_int8(model: Any, dtype: torch.dtype) -> None:
@@ -118,30 +115,30 @@ class PackedWeights:
             rotated=rotated,
             epsilon=config.rms_norm_eps,
             scaling=first.self_attn.scaling,
-            norm=self._plain(model.model.norm.weight),
+            norm=self._norm(model.model.norm),
             output=output,
             embedding=None if is_tied else self._rows(embedding.weight),
         )
 
     def _layer(self, layer: Any) -> NativeLayer:
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        gates, ups = (linear.weight.unflatten(0, (-1, BLOCK // 2)) for linear in (mlp.gate_proj, mlp.up_proj))
+        parts = parts_of(layer)
         packed = NativeLayer(
-            norm1=self._plain(layer.input_layernorm.weight),
-            norm2=self._plain(layer.post_attention_layernorm.weight),
-            query_norm=self._plain(query_norm.weight) if query_norm is not None else None,
-            key_norm=self._plain(key_norm.weight) if key_norm is not None else None,
-            qkv=self._pack(torch.cat([linear.weight for linear in projections])),
-            qkv_bias=self._bias([linear.bias for linear in projections]),
-            out=self._pack(attention.o_proj.weight),
-            out_bias=self._bias([attention.o_proj.bias]),
-            gate_up=self._pack(torch.cat([gates, ups], dim=1).flatten(0, 1)),  # 16 gates, their 16 ups, and so on
-            down=self._pack(mlp.down_proj.weight),
+            norm1=self._norm(parts.norm1),
+            norm2=self._norm(parts.norm2),
+            query_norm=self._norm(parts.query_norm),
+            key_norm=self._norm(parts.key_norm),
+            qkv=self._pack(_joined(parts.projections)),
+            qkv_bias=self._bias([linear.bias for linear in parts.projections]),
+            out=self._pack(parts.out.weight),
+            out_bias=self._bias([parts.out.bias]),
+            gate_up=self._pack(_interleaved(parts.gate_up)),
+            down=self._pack(parts.down.weight),
         )
-        _let_go(*projections, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        _let_go(*parts.linears)
         return packed
+
+    def _norm(self, norm: Any) -> int | None:
+        return None if norm is None else self._plain(norm.weight)
 
     def _plain(self, vector: torch.Tensor) -> int:
         rounded = vector.detach().to(self._dtype)
@@ -180,6 +177,16 @@ class PackedWeights:
 
 def _padded(output_count: int) -> int:
     return -(-output_count // BLOCK) * BLOCK
+
+
+def _joined(linears: list[nn.Linear]) -> torch.Tensor:
+    return torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
+
+
+def _interleaved(linears: list[nn.Linear]) -> torch.Tensor:
+    """16 gates, their 16 ups, and so on."""
+    halves = [linear.weight for linear in linears] if len(linears) > 1 else linears[0].weight.chunk(2)
+    return torch.cat([half.unflatten(0, (-1, BLOCK // 2)) for half in halves], dim=1).flatten(0, 1)
 
 
 def aligned(byte_count: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from tests.parity import assert_same_tokens
 from tests.tiny_models import ARCHITECTURES, VOCABULARY_SIZE, WINDOW, build_model, save_serving_folder
 
 PROMPT_LENGTHS = (1, 8, 23, 45)  # the last ones are longer than the models' windows
-NATIVE = ("llama", "mistral", "qwen2", "qwen3")
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 AROUND_THE_WINDOW = (WINDOW - 10, WINDOW, WINDOW + 100, 3 * WINDOW)
 OUTPUT_COUNT = 20
 
@@ -66,6 +66,25 @@ def test_gives_the_same_tokens_in_torch_where_it_runs_in_cpp(load_runner, archit
 
     assert (in_cpp.info.mode, in_torch.info.mode) == ("native", "packed")
     assert_parity(build_model(architecture), in_torch, requests)
+
+
+@needs_compiler
+def test_gives_the_tokens_of_generate_where_positions_rotate_a_part_of_a_head(tmp_path):
+    """As in Phi-4-mini, whose longrope has a factor for each number that is rotated."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 256,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [8.0, 9.0, 10.0, 11.0],
+    }
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 256}
+    runner = load_folder(save_serving_folder("phi3", tmp_path, **changes))
+    requests = [DrivenRequest(p, OUTPUT_COUNT) for p in prompts()]
+
+    assert runner.info.mode == "native"
+    assert_parity(build_model("phi3", **changes), runner, requests, chunk=16)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
