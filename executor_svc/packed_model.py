@@ -38,6 +38,7 @@ class PackedTraits:
 
     shapes: dict[int, LayerShape]  # by layer that writes to the cache
     visibility: dict[int, Visibility]  # by layer that calls attention
+    score_caps: dict[int, float]  # by layer that calls attention: what its scores are softly limited to; 0: nothing
     sources: dict[int, int]  # by layer that calls attention: the layer whose keys it sees
     groups: dict[Visibility, tuple[int, ...]]  # layers that write, by what is seen of their keys
     cache_dtype: torch.dtype
@@ -154,6 +155,7 @@ class _Probe:
     masks_a_window: bool  # the model's code limits what is seen by a mask, which packed mode does not build
     context_length: int
     visibility: dict[int, Visibility] = field(default_factory=dict)
+    score_caps: dict[int, float] = field(default_factory=dict)
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -166,6 +168,7 @@ class _Probe:
         visibility = self._visibility(call).within(self.context_length)
         if self.visibility.setdefault(call.layer, visibility) != visibility:
             raise UnpackableError(f"layer {call.layer} attends more than once and sees other positions each time")
+        self.score_caps[call.layer] = call.softcap or 0.0
         self.calls.append((call.layer, call.key, call.value))
         _, heads, token_count, _ = call.query.shape
         return call.value.new_zeros(1, token_count, heads, call.value.shape[-1])
@@ -223,6 +226,7 @@ def _probe(model: Any, forward: Any, context_length: int) -> PackedTraits:
     return PackedTraits(
         shapes=shapes,
         visibility=probe.visibility,
+        score_caps=probe.score_caps,
         sources=_sources(calls, unknown=min(shapes)),
         groups=group_layers(shapes, [(source, probe.visibility[layer]) for layer, source in calls]),
         cache_dtype=cache.updates[0][1].dtype,

@@ -238,6 +238,7 @@ template <class T> struct Attention {
         for (int64_t i = 0; i < (keys.size + 15) / 16 * 16; i++)
             here[i] = keys.keys[i] + head, later[i] = i < next.size ? next.keys[i] + head : here[i];
         for (int64_t i = 0; i < keys.size; i += 16) score(q, count, dim, here + i, later + i, scores + i);
+        for (int64_t i = 0; i < count && layer.score_cap; i++) cap(scores + i * KEYS, keys.size, layer.score_cap);
         for (int64_t i = 0; i < count; i++) {
             const int64_t place = position(piece, i / shared());
             const int64_t from = layer.window ? std::max<int64_t>(0, place + 1 - layer.window - start) : 0;

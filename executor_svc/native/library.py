@@ -33,8 +33,10 @@ class NativeLayer(ctypes.Structure):
     """One layer: weights, and its part of the pool."""
 
     _fields_ = [
-        *_fields("norm1 norm2 query_norm key_norm qkv out gate_up down qkv_bias out_bias keys values", Pointer),
-        *_fields("key_stride value_stride group block_size window", Integer),
+        *_fields("norm1 norm2 after_attention after_product query_norm key_norm", Pointer),
+        *_fields("qkv out gate_up down qkv_bias out_bias keys values", Pointer),
+        *_fields("key_stride value_stride group block_size window rotation", Integer),
+        *_fields("score_cap", ctypes.c_float),
     ]
 
 
@@ -43,7 +45,7 @@ class NativeModel(ctypes.Structure):
 
     _fields_ = [
         *_fields("is_bf16 is_int8 layer_count hidden heads key_heads dim inner vocabulary rotated", Integer),
-        *_fields("epsilon scaling", ctypes.c_float),
+        *_fields("epsilon scaling gate_slope gate_cube logit_cap embedding_scale", ctypes.c_float),
         *_fields("layers norm output embedding", Pointer),
     ]
 

@@ -6,7 +6,8 @@
 namespace paceline {
 
 struct Layer {
-    const float *norm1, *norm2;        // [hidden]
+    const float *norm1, *norm2;        // [hidden] before attention, and before the gated product
+    const float *after_attention, *after_product;  // [hidden] norms of what they give, or null
     const float *query_norm, *key_norm;  // [dim], or null
     const void *qkv, *out, *gate_up, *down;  // packed; as int8 the scales of all outputs come first, in float32
     const float *qkv_bias, *out_bias;  // [outputs, padded], or null
@@ -15,12 +16,17 @@ struct Layer {
     int64_t group;                     // which of the step's block tables
     int64_t block_size;                // tokens of a block in that group
     int64_t window;                    // 0: all
+    int64_t rotation;                  // which of the step's rotations
+    float score_cap;                   // attention's scores are softly no larger; 0: they are what they are
 };
 
 struct Model {
     int64_t is_bf16, is_int8, layer_count, hidden, heads, key_heads, dim, inner, vocabulary;
     int64_t rotated;  // numbers of a head that positions rotate
     float epsilon, scaling;
+    float gate_slope, gate_cube;  // of the gates' activation: `gate` in `product.h`
+    float logit_cap;  // logits are softly no larger; 0: they are what they are
+    float embedding_scale;
     const Layer *layers;
     const float *norm;
     const void *output;     // packed, of the output layer
@@ -33,10 +39,10 @@ struct Step {
     const int64_t *context;        // [rows] tokens in the cache once the step has run
     const int32_t *const *tables;  // by group [rows, width]
     const int64_t *widths;         // by group
-    const float *cosine, *sine;    // [positions, rotated]
+    const float *const *cosine, *const *sine;  // by rotation [positions, rotated]
     const int64_t *tokens;         // [tokens] ids; -1 - i is `previous[i]`
     const int64_t *previous;       // `likeliest` of the step before
-    const int64_t *sampled;        // [sampled] tokens whose logits are wanted
+    const int64_t *sampled;        // [sampled] tokens whose logits are wanted, each once
     float *logits;                 // [sampled, padded vocabulary]
     int64_t *likeliest;            // [sampled] where the highest logit is, the first of several
     float *highest;                // [sampled] NaN if one is

@@ -14,6 +14,7 @@ from executor_svc.batch import IntArray
 from executor_svc.kv_cache import PagedPool
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import PHASES, NativeLayer, NativeStep, library
+from executor_svc.native.rotations import Rotations
 from executor_svc.native.weights import BLOCK, PackedWeights, aligned, check_native
 from executor_svc.packed_model import PackedTraits
 
@@ -45,11 +46,9 @@ class NativeDecoder:
             raise NativeUnavailableError(f"the system has no room for {thread_count} threads; set fewer threads")
         self.traits = traits
         self.device: torch.device = model.device
-        self._rotate = model.model.rotary_emb
-        self._context_length = context_length
-        self._rotations = torch.empty(0, 0), torch.empty(0, 0)
         with torch.inference_mode():
-            self._weights = PackedWeights(model, dtype, self._rotations_to(1)[0].shape[-1], as_int8)
+            self._rotations = Rotations(model, context_length)
+            self._weights = PackedWeights(model, dtype, self._rotations.width, as_int8)
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
         self._last: NativeRun | None = None  # launched
@@ -89,10 +88,11 @@ class NativeDecoder:
         np.cumsum(query_lengths, out=row_start[1:])
         contexts = np.ascontiguousarray(context_lengths, dtype=np.int64)
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in block_tables]
-        table_starts = (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables))
+        table_starts = _pointers([table.ctypes.data for table in tables])
         widths = np.array([table.shape[1] for table in tables], dtype=np.int64)
         token_ids, sampled = np.ascontiguousarray(token_ids), np.ascontiguousarray(row_index)
-        cosine, sine = self._rotations_to(int(contexts.max()))
+        rotations = self._rotations.up_to(int(contexts.max()))
+        cosines, sines = (_pointers([pair[part].data_ptr() for pair in rotations]) for part in (0, 1))
         # Not torch's: its allocator can take longer for a few bytes than all that is done here.
         highest, likeliest = np.empty(len(sampled), dtype=np.float32), np.empty(len(sampled), dtype=np.int64)
         scratch, logits = self._scratch_for(len(token_ids)), self._logits_of(len(sampled))
@@ -107,8 +107,8 @@ class NativeDecoder:
             context=contexts.ctypes.data,
             tables=ctypes.addressof(table_starts),
             widths=widths.ctypes.data,
-            cosine=cosine.data_ptr(),
-            sine=sine.data_ptr(),
+            cosine=ctypes.addressof(cosines),
+            sine=ctypes.addressof(sines),
             tokens=token_ids.ctypes.data,
             previous=previous.ctypes.data,
             sampled=sampled.ctypes.data,
@@ -117,7 +117,8 @@ class NativeDecoder:
             highest=highest.ctypes.data,
             scratch=scratch.data_ptr(),
         )
-        read = (row_start, contexts, tables, table_starts, widths, token_ids, sampled, cosine, sine, previous, scratch)
+        arrays = row_start, contexts, tables, table_starts, widths, token_ids, sampled, previous
+        read = (*arrays, rotations, cosines, sines, scratch)
         self._last = NativeRun(self, step, logits[:, : model.vocabulary], highest, likeliest, read)
         return self._last
 
@@ -152,21 +153,10 @@ class NativeDecoder:
                 layer.key_stride, layer.value_stride = place.keys.stride, place.values.stride
                 layer.group, layer.block_size = place.group, pool.geometry.groups[place.group].block_size
                 layer.window = self.traits.visibility[number].window
+                layer.rotation = self._rotations.table_of(number)
+                layer.score_cap = self.traits.score_caps[number]
             self._bound = pool, layers
         return self._bound[1]
-
-    def _rotations_to(self, position_count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of at least so many positions, `[positions, rotated]`, computed when first needed.
-
-        They depend on nothing else: rotations that change with the longest position of a step, which dynamic scaling
-        and longrope have, do so beyond the context length only (`context_length_of`).
-        """
-        known = len(self._rotations[0])
-        if known < position_count:
-            count = max(position_count, min(2 * known, self._context_length))
-            cosine, sine = self._rotate(torch.zeros(1), torch.arange(count).unsqueeze(0))
-            self._rotations = cosine[0].contiguous(), sine[0].contiguous()
-        return self._rotations
 
     def _scratch_for(self, token_count: int) -> torch.Tensor:
         needed = self._library.paceline_scratch_bytes(ctypes.byref(self._weights.model), token_count)
@@ -207,6 +197,10 @@ class NativeRun:
         if self._kept:
             self.seconds = self._decoder.wait(self._number)
             self._kept = ()
+
+
+def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def _check_traits(traits: PackedTraits) -> None:

@@ -150,6 +150,12 @@ inline vec exponential(vec x) {
     return p * (vec)scale;
 }
 
+// Each of `count` numbers becomes softly no larger than `most`, either way: most * tanh(x / most).
+inline void cap(float *x, int64_t count, float most) {
+    for (int64_t i = 0; i < count; i += 16)
+        at(x + i) = most - 2 * most / (exponential(at(x + i) * (2 / most)) + 1.0f);
+}
+
 #if HAS_BF16
 inline __m512i pair_of(const bf16 *p) {
     int32_t pair;

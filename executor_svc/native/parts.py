@@ -7,8 +7,19 @@ from typing import Any
 
 from torch import nn
 
-# Decoder layers that are: norm, attention, add, norm, gated product, add. The self-test is the judge of the result.
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Phi3DecoderLayer")
+# Decoder layers that are: norm, attention, add, norm, gated product, add; what is added may have a norm of its own. The
+# self-test is the judge of the result.
+LAYERS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+    "Phi3DecoderLayer",
+    "GemmaDecoderLayer",
+    "Gemma2DecoderLayer",
+    "Gemma3DecoderLayer",
+)
+_FROM_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # norms whose weights count from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +31,11 @@ class LayerParts:
     key_norm: nn.Module | None
     projections: list[nn.Linear]  # queries, keys, values
     out: nn.Linear
+    after_attention: nn.Module | None  # norm of what attention gives
     norm2: nn.Module
     gate_up: list[nn.Linear]  # all gates, then their ups
     down: nn.Linear
+    after_product: nn.Module | None  # norm of what the gated product gives
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -32,14 +45,21 @@ class LayerParts:
 def parts_of(layer: Any) -> LayerParts:
     """The parts of a layer of one of `LAYERS`."""
     attention, mlp = layer.self_attn, layer.mlp
-    joined = hasattr(attention, "qkv_proj")
+    joined, has_four_norms = hasattr(attention, "qkv_proj"), hasattr(layer, "pre_feedforward_layernorm")
     return LayerParts(
         norm1=layer.input_layernorm,
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
         projections=[attention.qkv_proj] if joined else [attention.q_proj, attention.k_proj, attention.v_proj],
         out=attention.o_proj,
-        norm2=layer.post_attention_layernorm,
+        after_attention=layer.post_attention_layernorm if has_four_norms else None,
+        norm2=layer.pre_feedforward_layernorm if has_four_norms else layer.post_attention_layernorm,
         gate_up=[mlp.gate_up_proj] if joined else [mlp.gate_proj, mlp.up_proj],
         down=mlp.down_proj,
+        after_product=layer.post_feedforward_layernorm if has_four_norms else None,
     )
+
+
+def counts_from_one(norm: nn.Module) -> bool:
+    """Whether a norm multiplies with 1 more than its weights."""
+    return type(norm).__name__ in _FROM_ONE

@@ -30,9 +30,11 @@ template <class T, class W = T> struct Product {
     int64_t rows, inputs, outputs;  // outputs: a multiple of 32
     float *to;                      // [rows, outputs]
     T *gated;                       // [rows, outputs / 2]
+    float slope, cube;              // of gates
 };
 
-inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
+// x times the sigmoid of slope x + cube x^3: silu, and gelu by tanh, whose slope is 2 sqrt(2 / pi) and cube 0.044715 of it.
+inline vec gate(vec x, float slope, float cube) { return x / (1.0f + exponential(-x * (slope + cube * x * x))); }
 
 template <Into into, class T, class W>
 inline void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, vec high) {
@@ -41,7 +43,7 @@ inline void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, 
         high *= at(p.scales + block * 32 + 16);
     }
     if (into == Into::GATED) {
-        store(p.gated + row * (p.outputs / 2) + block * 16, silu(low) * high);
+        store(p.gated + row * (p.outputs / 2) + block * 16, gate(low, p.slope, p.cube) * high);
         return;
     }
     if (p.bias) {
@@ -150,7 +152,7 @@ template <class T> Product<T> expanded(const Product<T, int8_t> &p, int64_t bloc
     if (int64_t(lines.size() * sizeof(Line)) < count * int64_t(sizeof(T))) lines.resize(count * sizeof(T) / sizeof(Line));
     T *to = reinterpret_cast<T *>(lines.data());
     expand(p.weights + block * count, count, to);
-    return {p.x, to - block * count, p.scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated};
+    return {p.x, to - block * count, p.scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated, p.slope, p.cube};
 }
 
 constexpr int64_t FEW_TILES = 8;  // of more tiles the first, which waits for memory, is a small part

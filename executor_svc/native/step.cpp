@@ -26,7 +26,9 @@ template <class T> struct Program {
     std::vector<float> sums;  // of all key heads of a piece
     int64_t phase = 0, phase_began;
     T *normed, *attended, *queries, *inner;  // [tokens, hidden], [tokens, heads * dim] twice, [tokens, inner]
-    float *x, *qkv;                          // [tokens, hidden] residual stream, [tokens, padded]
+    float *x;                                // [tokens, hidden] residual stream
+    float *qkv, *given;                      // [tokens, padded], [tokens, hidden]: never needed at the same time
+    const float *after = nullptr;            // norm of what is in `given`, still to be added to the residual stream
 
     int64_t qkv_count() const { return padded((m.heads + 2 * m.key_heads) * m.dim); }
 
@@ -40,7 +42,7 @@ template <class T> struct Program {
         queries = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
         inner = (T *)take(s.token_count * m.inner * sizeof(T));
         x = (float *)take(s.token_count * m.hidden * sizeof(float));
-        qkv = (float *)take(s.token_count * qkv_count() * sizeof(float));
+        qkv = given = (float *)take(s.token_count * std::max(qkv_count(), m.hidden) * sizeof(float));
     }
 
     // Deal out the pieces of a phase, `size` at a time; then wait until all are done.
@@ -81,10 +83,12 @@ template <class T> struct Program {
         if (m.is_int8) {
             const float *scales = static_cast<const float *>(weights);
             const int8_t *numbers = reinterpret_cast<const int8_t *>(scales + outputs);
-            deal_blocks<into>(kind, Product<T, int8_t>{x, numbers, scales, bias, rows, inputs, outputs, to, gated});
+            deal_blocks<into>(kind, Product<T, int8_t>{x, numbers, scales, bias, rows, inputs, outputs, to, gated,
+                                                       m.gate_slope, m.gate_cube});
         } else {
             const T *numbers = static_cast<const T *>(weights);
-            deal_blocks<into>(kind, Product<T>{x, numbers, nullptr, bias, rows, inputs, outputs, to, gated});
+            deal_blocks<into>(kind, Product<T>{x, numbers, nullptr, bias, rows, inputs, outputs, to, gated,
+                                               m.gate_slope, m.gate_cube});
         }
     }
 
@@ -101,14 +105,15 @@ template <class T> struct Program {
     }
 
     void embed(int64_t id, float *to) const {
+        const float scale = m.embedding_scale;
         if (m.embedding) {
             const T *row = static_cast<const T *>(m.embedding) + id * m.hidden;
-            for (int64_t i = 0; i < m.hidden; i += 16) at(to + i) = load(row + i);
+            for (int64_t i = 0; i < m.hidden; i += 16) at(to + i) = load(row + i) * scale;
         } else if (m.is_int8) {
             const float *scales = static_cast<const float *>(m.output);
-            unpack(reinterpret_cast<const int8_t *>(scales + padded(m.vocabulary)), id, scales[id], to);
+            unpack(reinterpret_cast<const int8_t *>(scales + padded(m.vocabulary)), id, scales[id] * scale, to);
         } else {
-            unpack(static_cast<const T *>(m.output), id, 1.0f, to);
+            unpack(static_cast<const T *>(m.output), id, scale, to);
         }
     }
 
@@ -120,21 +125,37 @@ template <class T> struct Program {
             for (int64_t i = 0; i < each; i++) to[k + i] = to_float(column[k * 32 + i]) * scale;
     }
 
-    void norm(const float *x, const float *weight, T *to) const {
+    // What a product gives is added to the residual stream: by the product, or, through a norm of its own where the
+    // model has one, by the norms that come next.
+    void add(Kind kind, const T *from, const void *weights, const float *bias, int64_t inputs, const float *norm) {
+        after = norm;
+        if (norm) product<Into::STORE>(kind, from, s.token_count, weights, bias, inputs, m.hidden, given);
+        else product<Into::ADD>(kind, from, s.token_count, weights, bias, inputs, m.hidden, x);
+    }
+
+    vec factor_of(const float *x) const {
         vec squares = {};
         for (int64_t i = 0; i < m.hidden; i += 16) squares += at(x + i) * at(x + i);
-        const vec factor = all(1.0f / std::sqrt(sum(squares) / m.hidden + m.epsilon));
+        return all(1.0f / std::sqrt(sum(squares) / m.hidden + m.epsilon));
+    }
+
+    void norm(int64_t token, const float *weight, T *to) const {
+        float *x = this->x + token * m.hidden;
+        if (after) {
+            const float *late = given + token * m.hidden;
+            const vec factor = factor_of(late);
+            for (int64_t i = 0; i < m.hidden; i += 16) at(x + i) += at(late + i) * factor * at(after + i);
+        }
+        const vec factor = factor_of(x);
         for (int64_t i = 0; i < m.hidden; i += 16) store(to + i, at(x + i) * factor * at(weight + i));
     }
 
     void norms(const float *weight) {
-        deal(NORM, s.token_count, 4, [&](int64_t t) {
-            norm(x + t * m.hidden, weight, normed + t * m.hidden);
-        });
+        deal(NORM, s.token_count, 4, [&](int64_t t) { norm(t, weight, normed + t * m.hidden); });
     }
 
     // Norm of a head where the model has one, then its rotation: x * cos + (-second half, first half) * sin.
-    void place(const float *x, const float *weight, int64_t position, float factor, T *to) const {
+    void place(const Layer &layer, const float *x, const float *weight, int64_t position, float factor, T *to) const {
         alignas(64) float head[256];
         std::memcpy(head, x, m.dim * sizeof(float));
         if (weight) {
@@ -143,7 +164,8 @@ template <class T> struct Program {
             const float scale = 1.0f / std::sqrt(squares / m.dim + m.epsilon);
             for (int64_t i = 0; i < m.dim; i++) head[i] *= scale * weight[i];
         }
-        const float *cosine = s.cosine + position * m.rotated, *sine = s.sine + position * m.rotated;
+        const float *cosine = s.cosine[layer.rotation] + position * m.rotated;
+        const float *sine = s.sine[layer.rotation] + position * m.rotated;
         const int64_t half = m.rotated / 2;
         for (int64_t i = 0; i < half; i++) {
             const float a = head[i], b = head[i + half];
@@ -157,13 +179,14 @@ template <class T> struct Program {
         const float *x = qkv + token * qkv_count();
         const int64_t position = s.context[row] - s.row_start[row + 1] + token;
         for (int64_t h = 0; h < m.heads; h++)
-            place(x + h * m.dim, layer.query_norm, position, m.scaling, queries + (token * m.heads + h) * m.dim);
+            place(layer, x + h * m.dim, layer.query_norm, position, m.scaling,
+                  queries + (token * m.heads + h) * m.dim);
         const int64_t block = s.tables[layer.group][row * s.widths[layer.group] + position / layer.block_size];
         const int64_t offset = position % layer.block_size;
         T *key = static_cast<T *>(layer.keys) + (block * layer.key_stride + offset) * m.key_heads * m.dim;
         T *value = static_cast<T *>(layer.values) + (block * layer.value_stride + offset) * m.key_heads * m.dim;
         for (int64_t h = 0; h < m.key_heads; h++)
-            place(x + (m.heads + h) * m.dim, layer.key_norm, position, 1.0f, key + h * m.dim);
+            place(layer, x + (m.heads + h) * m.dim, layer.key_norm, position, 1.0f, key + h * m.dim);
         const float *v = x + (m.heads + m.key_heads) * m.dim;
         for (int64_t i = 0; i < m.key_heads * m.dim; i += 16) store(value + i, at(v + i));
     }
@@ -203,11 +226,11 @@ template <class T> struct Program {
             for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row_of(t), pieces[i].first + t);
         });
         attend({m, layer, s, queries, attended});
-        product<Into::ADD>(OUT, attended, s.token_count, layer.out, layer.out_bias, m.heads * m.dim, m.hidden, x);
+        add(OUT, attended, layer.out, layer.out_bias, m.heads * m.dim, layer.after_attention);
         norms(layer.norm2);
         product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr,
                              inner);
-        product<Into::ADD>(DOWN, inner, s.token_count, layer.down, nullptr, m.inner, m.hidden, x);
+        add(DOWN, inner, layer.down, nullptr, m.inner, layer.after_product);
     }
 
     void run() {
@@ -216,12 +239,11 @@ template <class T> struct Program {
             embed(id < 0 ? s.previous[-1 - id] : id, x + t * m.hidden);
         });
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
-        deal(NORM, s.sampled_count, 4, [&](int64_t i) {
-            norm(x + s.sampled[i] * m.hidden, m.norm, normed + i * m.hidden);
-        });
+        deal(NORM, s.sampled_count, 4, [&](int64_t i) { norm(s.sampled[i], m.norm, normed + i * m.hidden); });
         product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary),
                              s.logits);
         deal(OUTPUT, s.sampled_count, 1, [&](int64_t i) {
+            if (m.logit_cap) cap(s.logits + i * padded(m.vocabulary), m.vocabulary, m.logit_cap);
             s.likeliest[i] = likeliest(s.logits + i * padded(m.vocabulary), m.vocabulary, s.highest[i]);
         });
     }
@@ -384,7 +406,8 @@ EXPORT void paceline_pack_int8(int64_t is_bf16, int64_t from_bf16, const void *w
 
 EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
     const int64_t item = m->is_bf16 ? 2 : 4, qkv = padded((m->heads + 2 * m->key_heads) * m->dim);
-    return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * (m->hidden + qkv)) + 6 * 64;
+    const int64_t floats = m->hidden + std::max(qkv, m->hidden);
+    return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * floats) + 6 * 64;
 }
 
 // Ends a team whose steps have all been waited for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import nn
 from executor_svc.memory import Arena, forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
-from executor_svc.native.parts import LAYERS, parts_of
+from executor_svc.native.parts import LAYERS, counts_from_one, parts_of
 
 BLOCK = 32  # outputs that are packed together
 _ALIGNMENT = 64
 _LARGEST_DIM = 256
 _MOST_SHARED = 16  # query heads of one key head
 _ROWS_AT_ONCE = 4096
+_GATES = {"silu": (1.0, 0.0), "gelu_pytorch_tanh": (2 * (2 / math.pi) ** 0.5, 2 * (2 / math.pi) ** 0.5 * 0.044715)}
+"""By activation: slope and cube of `gate` in `product.h`."""
 _TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
@@ -51,9 +54,13 @@ def _reason_against(model: Any, dtype: torch.dtype) -> str:
         return (
             f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"
         )
-    if config.hidden_act != "silu" or any(linear.bias is not None for linear in _unbiased(model)):
-        return "its gated products have a bias, or another activation than silu"
+    if _activation(config) not in _GATES or any(linear.bias is not None for linear in _unbiased(model)):
+        return f"its gated products have a bias, or another activation than {' or '.join(_GATES)}"
     return ""
+
+
+def _activation(config: Any) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def _linears(model: Any) -> list[nn.Linear]:
@@ -77,6 +84,11 @@ def round_to_int8(model: Any, dtype: torch.dtype) -> None:
             to.copy_((rows.float() / scales).round() * scales)
         linear.weight.data = rounded
         forget(stored)
+
+
+def _scale_of(embedding: Any, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied with, rounded as the model rounds it."""
+    return float(torch.tensor(getattr(embedding, "scalar_embed_scale", 1.0), dtype=dtype))
 
 
 class PackedWeights:
@@ -115,8 +127,12 @@ class PackedWeights:
             rotated=rotated,
             epsilon=config.rms_norm_eps,
             scaling=first.self_attn.scaling,
+            gate_slope=_GATES[_activation(config)][0],
+            gate_cube=_GATES[_activation(config)][1],
+            logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
             norm=self._norm(model.model.norm),
             output=output,
+            embedding_scale=_scale_of(embedding, dtype),
             embedding=None if is_tied else self._rows(embedding.weight),
         )
 
@@ -125,6 +141,8 @@ class PackedWeights:
         packed = NativeLayer(
             norm1=self._norm(parts.norm1),
             norm2=self._norm(parts.norm2),
+            after_attention=self._norm(parts.after_attention),
+            after_product=self._norm(parts.after_product),
             query_norm=self._norm(parts.query_norm),
             key_norm=self._norm(parts.key_norm),
             qkv=self._pack(_joined(parts.projections)),
@@ -137,8 +155,13 @@ class PackedWeights:
         _let_go(*parts.linears)
         return packed
 
-    def _norm(self, norm: Any) -> int | None:
-        return None if norm is None else self._plain(norm.weight)
+    def _norm(self, norm: nn.Module | None) -> int | None:
+        if norm is None:
+            return None
+        pointer = self._plain(norm.weight)
+        if counts_from_one(norm):
+            self._kept[-1] += 1.0
+        return pointer
 
     def _plain(self, vector: torch.Tensor) -> int:
         rounded = vector.detach().to(self._dtype)

@@ -97,7 +97,7 @@ def test_too_many_threads_for_the_system_leave_the_model_whole(serving_folder, m
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
-        ("gemma2", {}, "Gemma2DecoderLayer"),
+        ("olmo2", {}, "Olmo2DecoderLayer"),
         ("gpt2", {}, "none known"),
         ("llama", {"mlp_bias": True}, "have a bias"),
         ("llama", {"hidden_act": "gelu"}, "another activation"),
@@ -212,11 +212,12 @@ def test_damaged_weights_are_refused_with_a_remedy(tmp_path):
 def logits_of(loaded, token_ids):
     """Of all tokens of one prompt."""
     steps, count = loaded.steps, len(token_ids)
-    pool = PagedPool(steps.traits.geometry(4), count, steps.traits.cache_dtype, torch.device("cpu"))
-    table = np.arange(-(-count // 4), dtype=np.int32)[None]
+    geometry = steps.traits.geometry(4)
+    tables = [np.arange(count, dtype=np.int32)[None] + count * group for group in range(len(geometry.groups))]
+    pool = PagedPool(geometry, count * len(tables), steps.traits.cache_dtype, torch.device("cpu"))
     with torch.inference_mode():
         rows = torch.arange(count)
-        return steps.step(np.array([count]), np.array([count]), [table], token_ids, pool, rows).float().clone()
+        return steps.step(np.array([count]), np.array([count]), tables, token_ids, pool, rows).float().clone()
 
 
 def distance(actual, expected):
@@ -227,11 +228,15 @@ def distance(actual, expected):
 
 @needs_compiler
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not compute in bfloat16")
-def test_in_bfloat16_it_is_closer_to_float32_than_the_model_itself(tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_bfloat16_it_is_closer_to_float32_than_the_model_itself(tmp_path, architecture, tied):
     """Weights are rounded, sums are not: nothing may get worse than it is in transformers."""
-    folder = str(save_serving_folder("llama", tmp_path, head_dim=32))
+    changes = {"head_dim": 32, "hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
+    changes["tie_word_embeddings"] = tied
+    folder = str(save_serving_folder(architecture, tmp_path, **changes))
     token_ids = torch.arange(40) * 7919 % 320
-    model = build_model("llama", head_dim=32)
+    model = build_model(architecture, **changes)
     with torch.inference_mode():
         exact = model(token_ids[None]).logits[0]
         rounded = model.to(torch.bfloat16)(token_ids[None]).logits[0].float()

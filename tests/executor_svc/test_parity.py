@@ -15,7 +15,7 @@ from tests.parity import assert_same_tokens
 from tests.tiny_models import ARCHITECTURES, VOCABULARY_SIZE, WINDOW, build_model, save_serving_folder
 
 PROMPT_LENGTHS = (1, 8, 23, 45)  # the last ones are longer than the models' windows
-NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text")
 AROUND_THE_WINDOW = (WINDOW - 10, WINDOW, WINDOW + 100, 3 * WINDOW)
 OUTPUT_COUNT = 20
 
@@ -101,7 +101,7 @@ def test_a_prompt_may_be_computed_in_parts_of_few_queries(load_runner, monkeypat
     monkeypatch.setattr("executor_svc.attention.layout.SCORE_LIMIT", 100)
     requests = [DrivenRequest(p, 4) for p in prompts()]
 
-    assert_parity(build_model("gemma2"), load_runner("gemma2"), requests, chunk=64)
+    assert_parity(build_model("gemma2"), load_runner("gemma2", native=False), requests, chunk=64)
 
 
 def test_one_long_request_beside_short_ones_changes_no_token(load_runner, monkeypatch):
@@ -109,7 +109,7 @@ def test_one_long_request_beside_short_ones_changes_no_token(load_runner, monkey
     monkeypatch.setattr("executor_svc.attention.layout.WASTED_TOKEN_LIMIT", 30)
     requests = [DrivenRequest(p, 12) for p in prompts((200, 3, 70, 5, 6))]
 
-    assert_parity(build_model("llama"), load_runner("llama"), requests, chunk=50)
+    assert_parity(build_model("llama"), load_runner("llama", native=False), requests, chunk=50)
 
 
 WINDOWED = (
@@ -180,7 +180,7 @@ def test_any_ratio_of_layers_shares_one_pool(architecture, counts, tmp_path):
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3n_text", "mimo_v2_flash", "llama4_text", "mistral"])
 def test_keys_gathered_from_windows_give_the_same_tokens(load_runner, architecture):
     """A model that reworks its keys is handed all that its rows see, from the first of them on; windows move that."""
-    runner = load_runner(architecture)
+    runner = load_runner(architecture, native=False)
     runner._model.traits = dataclasses.replace(runner._model.traits, gathered=True)
     requests = [DrivenRequest(p, OUTPUT_COUNT, first_step=i) for i, p in enumerate(prompts(AROUND_THE_WINDOW))]
 
