@@ -144,7 +144,9 @@ class _ModelFiles:
     def sketch(self) -> Any:
         """The model without its weights."""
         with torch.device("meta"), _quiet_transformers():
-            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+            model.set_experts_implementation("batched_mm")  # the only one that needs no weights to find shapes
+            return model
 
     def _stored_dtype(self) -> torch.dtype:
         """The type of the weights in the files; where they have several, that in which they are served: none of them

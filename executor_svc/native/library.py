@@ -34,7 +34,7 @@ class NativeLayer(ctypes.Structure):
 
     _fields_ = [
         *_fields("norm1 norm2 after_attention after_product query_norm key_norm", Pointer),
-        *_fields("qkv out gate_up down qkv_bias out_bias keys values", Pointer),
+        *_fields("qkv out router gate_ups downs qkv_bias out_bias keys values", Pointer),
         *_fields("key_stride value_stride group block_size window rotation", Integer),
         *_fields("score_cap", ctypes.c_float),
     ]
@@ -45,6 +45,7 @@ class NativeModel(ctypes.Structure):
 
     _fields_ = [
         *_fields("is_bf16 is_int8 layer_count hidden heads key_heads dim inner vocabulary rotated", Integer),
+        *_fields("experts chosen sums_to_one", Integer),
         *_fields("epsilon scaling gate_slope gate_cube logit_cap embedding_scale", ctypes.c_float),
         *_fields("layers norm output embedding", Pointer),
     ]

@@ -9,7 +9,10 @@ struct Layer {
     const float *norm1, *norm2;        // [hidden] before attention, and before the gated product
     const float *after_attention, *after_product;  // [hidden] norms of what they give, or null
     const float *query_norm, *key_norm;  // [dim], or null
-    const void *qkv, *out, *gate_up, *down;  // packed; as int8 the scales of all outputs come first, in float32
+    // Matrices are packed; as int8 the scales of all outputs come first, in float32.
+    const void *qkv, *out;
+    const void *router;                // [experts, hidden]; null: there is one gated product for all tokens
+    const void *const *gate_ups, *const *downs;  // by expert
     const float *qkv_bias, *out_bias;  // [outputs, padded], or null
     void *keys, *values;               // this layer's part of the pool
     int64_t key_stride, value_stride;  // tokens from one block to the next
@@ -23,6 +26,7 @@ struct Layer {
 struct Model {
     int64_t is_bf16, is_int8, layer_count, hidden, heads, key_heads, dim, inner, vocabulary;
     int64_t rotated;  // numbers of a head that positions rotate
+    int64_t experts, chosen, sums_to_one;  // of a mixture: how many there are, and a token has; whether shares do
     float epsilon, scaling;
     float gate_slope, gate_cube;  // of the gates' activation: `gate` in `product.h`
     float logit_cap;  // logits are softly no larger; 0: they are what they are

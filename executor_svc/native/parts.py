@@ -18,8 +18,22 @@ LAYERS = (
     "GemmaDecoderLayer",
     "Gemma2DecoderLayer",
     "Gemma3DecoderLayer",
+    "MixtralDecoderLayer",
+    "Qwen3MoeDecoderLayer",
 )
 _FROM_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # norms whose weights count from 1
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture: gated products of which a router chooses some for each token."""
+
+    module: Any  # has what follows, except the router
+    router: nn.Parameter  # [experts, hidden]
+    gate_up: nn.Parameter  # [experts, 2 * inner, hidden] all gates of an expert, then their ups
+    down: nn.Parameter  # [experts, hidden, inner]
+    chosen: int  # for each token
+    sums_to_one: bool  # the shares of those that are chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +47,26 @@ class LayerParts:
     out: nn.Linear
     after_attention: nn.Module | None  # norm of what attention gives
     norm2: nn.Module
-    gate_up: list[nn.Linear]  # all gates, then their ups
-    down: nn.Linear
+    gate_up: list[nn.Linear]  # all gates, then their ups; none in a mixture
+    down: list[nn.Linear]
+    experts: Experts | None
     after_product: nn.Module | None  # norm of what the gated product gives
 
     @property
     def linears(self) -> list[nn.Linear]:
-        return [*self.projections, self.out, *self.gate_up, self.down]
+        return [*self.projections, self.out, *self.gate_up, *self.down]
+
+    @property
+    def inner(self) -> int:
+        """Numbers that the gated product, or that of each expert, has inside."""
+        return self.experts.down.shape[-1] if self.experts else self.down[0].in_features
 
 
 def parts_of(layer: Any) -> LayerParts:
     """The parts of a layer of one of `LAYERS`."""
     attention, mlp = layer.self_attn, layer.mlp
-    joined, has_four_norms = hasattr(attention, "qkv_proj"), hasattr(layer, "pre_feedforward_layernorm")
+    experts, joined = _experts_of(mlp), hasattr(attention, "qkv_proj")
+    has_four_norms = hasattr(layer, "pre_feedforward_layernorm")
     return LayerParts(
         norm1=layer.input_layernorm,
         query_norm=getattr(attention, "q_norm", None),
@@ -54,9 +75,23 @@ def parts_of(layer: Any) -> LayerParts:
         out=attention.o_proj,
         after_attention=layer.post_attention_layernorm if has_four_norms else None,
         norm2=layer.pre_feedforward_layernorm if has_four_norms else layer.post_attention_layernorm,
-        gate_up=[mlp.gate_up_proj] if joined else [mlp.gate_proj, mlp.up_proj],
-        down=mlp.down_proj,
+        gate_up=[] if experts else [mlp.gate_up_proj] if joined else [mlp.gate_proj, mlp.up_proj],
+        down=[] if experts else [mlp.down_proj],
+        experts=experts,
         after_product=layer.post_feedforward_layernorm if has_four_norms else None,
+    )
+
+
+def _experts_of(mlp: Any) -> Experts | None:
+    if not hasattr(mlp, "experts"):
+        return None
+    return Experts(
+        module=mlp.experts,
+        router=mlp.gate.weight,
+        gate_up=mlp.experts.gate_up_proj,
+        down=mlp.experts.down_proj,
+        chosen=mlp.gate.top_k,
+        sums_to_one=getattr(mlp.gate, "norm_topk_prob", True),
     )
 
 

@@ -10,6 +10,7 @@
 #include <exception>
 
 #include "attention.h"
+#include "mixture.h"
 #include "model.h"
 #include "numbers.h"
 #include "product.h"
@@ -23,26 +24,35 @@ template <class T> struct Program {
     const Step &s;
     const bool keeps_time;  // one of the threads does
     const std::vector<Piece> &pieces;
+    Groups &groups;
     std::vector<float> sums;  // of all key heads of a piece
     int64_t phase = 0, phase_began;
     T *normed, *attended, *queries, *inner;  // [tokens, hidden], [tokens, heads * dim] twice, [tokens, inner]
     float *x;                                // [tokens, hidden] residual stream
     float *qkv, *given;                      // [tokens, padded], [tokens, hidden]: never needed at the same time
+    T *gathered;                             // [tokens * chosen, hidden], of a mixture; so are the rows of `inner`
+    float *scores, *shares;                  // [tokens, padded experts], [tokens, chosen]
+    int32_t *choices;                        // [tokens, chosen] experts
     const float *after = nullptr;            // norm of what is in `given`, still to be added to the residual stream
 
     int64_t qkv_count() const { return padded((m.heads + 2 * m.key_heads) * m.dim); }
 
     Program(Team &team, bool keeps_time)
-        : team(team), m(*team.model), s(*team.step), keeps_time(keeps_time), pieces(team.pieces),
+        : team(team), m(*team.model), s(*team.step), keeps_time(keeps_time), pieces(team.pieces), groups(team.groups),
           sums(m.key_heads * Sums::size(m.dim)), phase_began(now_ns()) {
         char *p = static_cast<char *>(s.scratch);
         auto take = [&](int64_t bytes) { char *here = p; p += (bytes + 63) / 64 * 64; return here; };
         normed = (T *)take(s.token_count * m.hidden * sizeof(T));
         attended = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
         queries = (T *)take(s.token_count * m.heads * m.dim * sizeof(T));
-        inner = (T *)take(s.token_count * m.inner * sizeof(T));
+        const int64_t rows = s.token_count * std::max<int64_t>(1, m.chosen);  // of gated products
+        inner = (T *)take(rows * m.inner * sizeof(T));
         x = (float *)take(s.token_count * m.hidden * sizeof(float));
-        qkv = given = (float *)take(s.token_count * std::max(qkv_count(), m.hidden) * sizeof(float));
+        qkv = given = (float *)take(std::max(s.token_count * qkv_count(), rows * m.hidden) * sizeof(float));
+        gathered = (T *)take(m.chosen ? rows * m.hidden * sizeof(T) : 0);
+        scores = (float *)take(s.token_count * padded(m.experts) * sizeof(float));
+        shares = (float *)take(s.token_count * m.chosen * sizeof(float));
+        choices = (int32_t *)take(s.token_count * m.chosen * sizeof(int32_t));
     }
 
     // Deal out the pieces of a phase, `size` at a time; then wait until all are done.
@@ -80,15 +90,20 @@ template <class T> struct Program {
     template <Into into>
     void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
                  int64_t outputs, float *to, T *gated = nullptr) {
+        const Product<T> p{.x = x, .bias = bias, .rows = rows, .inputs = inputs, .outputs = outputs, .to = to, .gated = gated};
+        with_weights(p, weights, [&](const auto &one) { deal_blocks<into>(kind, one); });
+    }
+
+    // Do something with a product of these weights, which are of type T, or int8 after the scales of all outputs.
+    template <class F> void with_weights(const Product<T> &p, const void *weights, F work) const {
         if (m.is_int8) {
             const float *scales = static_cast<const float *>(weights);
-            const int8_t *numbers = reinterpret_cast<const int8_t *>(scales + outputs);
-            deal_blocks<into>(kind, Product<T, int8_t>{x, numbers, scales, bias, rows, inputs, outputs, to, gated,
-                                                       m.gate_slope, m.gate_cube});
+            const int8_t *numbers = reinterpret_cast<const int8_t *>(scales + p.outputs);
+            work(Product<T, int8_t>{p.x, numbers, scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated,
+                                    m.gate_slope, m.gate_cube});
         } else {
-            const T *numbers = static_cast<const T *>(weights);
-            deal_blocks<into>(kind, Product<T>{x, numbers, nullptr, bias, rows, inputs, outputs, to, gated,
-                                               m.gate_slope, m.gate_cube});
+            work(Product<T>{p.x, static_cast<const T *>(weights), nullptr, p.bias, p.rows, p.inputs, p.outputs, p.to,
+                            p.gated, m.gate_slope, m.gate_cube});
         }
     }
 
@@ -219,6 +234,46 @@ template <class T> struct Program {
         });
     }
 
+    // A product for the rows of each expert that has some, with its weights. The number of pieces must not depend on
+    // what was chosen: a thread that comes late to a phase asks how many there were.
+    template <Into into> void products(Kind kind, const void *const *weights, const Product<T> &whole) {
+        const int64_t blocks = whole.outputs / 32, count = std::min(m.experts, s.token_count * m.chosen) * blocks;
+        deal(kind, count, std::max<int64_t>(1, count / (8 * team.thread_count)), [&](int64_t i) {
+            if (i / blocks >= int64_t(groups.asked.size())) return;
+            const int64_t expert = groups.asked[i / blocks], first = groups.first[expert];
+            Product<T> p = whole;
+            p.rows = groups.first[expert + 1] - first;
+            p.x += first * p.inputs;
+            if (into == Into::GATED) p.gated += first * p.outputs / 2;
+            else p.to += first * p.outputs;
+            with_weights(p, weights[expert], [&](const auto &one) { multiply<into>(one, i % blocks, i % blocks + 1); });
+        });
+    }
+
+    void mixture(const Layer &layer) {
+        const int64_t rows = s.token_count * m.chosen;
+        product<Into::STORE>(GATE_UP, normed, s.token_count, layer.router, nullptr, m.hidden, padded(m.experts), scores);
+        deal(GATE_UP, s.token_count, 8, [&](int64_t t) {
+            choose(scores + t * padded(m.experts), m.experts, m.chosen, m.sums_to_one, choices + t * m.chosen,
+                   shares + t * m.chosen);
+        });
+        deal(GATE_UP, 1, 1, [&](int64_t) { groups.sort(choices, rows, m.experts); });
+        deal(GATE_UP, rows, 8, [&](int64_t i) {
+            std::memcpy(gathered + groups.row_of[i] * m.hidden, normed + i / m.chosen * m.hidden, m.hidden * sizeof(T));
+        });
+        products<Into::GATED>(GATE_UP, layer.gate_ups,
+                              {.x = gathered, .inputs = m.hidden, .outputs = 2 * m.inner, .gated = inner});
+        products<Into::STORE>(DOWN, layer.downs, {.x = inner, .inputs = m.inner, .outputs = m.hidden, .to = given});
+        deal(DOWN, s.token_count, 4, [&](int64_t t) {
+            float *to = x + t * m.hidden;
+            for (int64_t c = t * m.chosen; c < (t + 1) * m.chosen; c++) {
+                const float *from = given + groups.row_of[c] * m.hidden;
+                for (int64_t i = 0; i < m.hidden; i += 16) at(to + i) += shares[c] * at(from + i);
+            }
+        });
+        after = nullptr;
+    }
+
     void run_layer(const Layer &layer) {
         norms(layer.norm1);
         product<Into::STORE>(QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
@@ -228,9 +283,10 @@ template <class T> struct Program {
         attend({m, layer, s, queries, attended});
         add(OUT, attended, layer.out, layer.out_bias, m.heads * m.dim, layer.after_attention);
         norms(layer.norm2);
-        product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_up, nullptr, m.hidden, 2 * m.inner, nullptr,
+        if (layer.router) return mixture(layer);
+        product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_ups[0], nullptr, m.hidden, 2 * m.inner, nullptr,
                              inner);
-        add(DOWN, inner, layer.down, nullptr, m.inner, layer.after_product);
+        add(DOWN, inner, layer.downs[0], nullptr, m.inner, layer.after_product);
     }
 
     void run() {
@@ -322,7 +378,7 @@ void run_step(Team &team, Submitted &submitted) {
     const int64_t began = now_ns();
     team.model = submitted.model;
     team.step = submitted.step;
-    const size_t phases = size_t(team.model->layer_count) * 9 + 4;
+    const size_t phases = size_t(team.model->layer_count) * 14 + 4;
     if (team.phases.size() != phases) team.phases = std::vector<Phase>(phases);
     for (Phase &phase : team.phases) phase.begin();
     cut(team);
@@ -406,8 +462,10 @@ EXPORT void paceline_pack_int8(int64_t is_bf16, int64_t from_bf16, const void *w
 
 EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
     const int64_t item = m->is_bf16 ? 2 : 4, qkv = padded((m->heads + 2 * m->key_heads) * m->dim);
-    const int64_t floats = m->hidden + std::max(qkv, m->hidden);
-    return tokens * (item * (m->hidden + 2 * m->heads * m->dim + m->inner) + 4 * floats) + 6 * 64;
+    const int64_t rows = std::max<int64_t>(1, m->chosen), gathered = m->chosen * m->hidden;  // of one token
+    const int64_t numbers = m->hidden + 2 * m->heads * m->dim + rows * m->inner + gathered;
+    const int64_t floats = m->hidden + std::max(qkv, rows * m->hidden) + padded(m->experts) + 2 * m->chosen;
+    return tokens * (item * numbers + 4 * floats) + 10 * 64;
 }
 
 // Ends a team whose steps have all been waited for.

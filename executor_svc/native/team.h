@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "mixture.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -101,6 +103,7 @@ struct Team {
     const Step *step = nullptr;
     std::vector<Piece> pieces;     // of the step, for its attention
     int64_t parts = 0;             // that the keys of a piece are cut into; 0: there are pieces enough for everybody
+    Groups groups;                 // of the mixture that is being computed
     std::vector<float> partial;    // what was summed up over each part
     std::vector<Phase> phases;
     int64_t spent_ns[KINDS] = {};             // by kind of phase, waiting for each other included, since last asked

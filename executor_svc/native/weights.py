@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from executor_svc.memory import Arena, forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
-from executor_svc.native.parts import LAYERS, counts_from_one, parts_of
+from executor_svc.native.parts import LAYERS, Experts, LayerParts, counts_from_one, parts_of
 
 BLOCK = 32  # outputs that are packed together
 _ALIGNMENT = 64
@@ -43,18 +44,22 @@ def _reason_against(model: Any, dtype: torch.dtype) -> str:
         return f"its type is {dtype}"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised"
-    first = layers[0]
+    first, parts = layers[0], [parts_of(layer) for layer in layers]
+    if len({(part.inner, part.experts is None) for part in parts}) > 1:
+        return "its gated products are not alike in all layers: mixtures of experts beside plain ones, or other sizes"
     dim, shared = first.self_attn.head_dim, first.self_attn.num_key_value_groups
     unit = 32 if dtype == torch.bfloat16 else 16
-    if dim % unit or config.intermediate_size % unit or config.hidden_size % BLOCK:
+    if dim % unit or parts[0].inner % unit or config.hidden_size % BLOCK:
         return f"its heads or gated products are not multiples of {unit}, or its hidden size not one of {BLOCK}"
-    if any(type(linear) is not nn.Linear or linear.weight.dtype != model.dtype for linear in _linears(model)):
+    linears = [model.lm_head, *(linear for part in parts for linear in part.linears)]
+    if any(type(linear) is not nn.Linear or linear.weight.dtype != model.dtype for linear in linears):
         return "its matrices are not all plain ones of its type"
     if dim > _LARGEST_DIM or shared > _MOST_SHARED:
         return (
             f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"
         )
-    if _activation(config) not in _GATES or any(linear.bias is not None for linear in _unbiased(model)):
+    unbiased = [model.lm_head, *(linear for part in parts for linear in (*part.gate_up, *part.down))]
+    if _activation(config) not in _GATES or any(linear.bias is not None for linear in unbiased):
         return f"its gated products have a bias, or another activation than {' or '.join(_GATES)}"
     return ""
 
@@ -63,13 +68,13 @@ def _activation(config: Any) -> str:
     return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
-def _linears(model: Any) -> list[nn.Linear]:
-    return [model.lm_head, *(linear for layer in model.model.layers for linear in parts_of(layer).linears)]
-
-
-def _unbiased(model: Any) -> list[nn.Linear]:
-    parts = [parts_of(layer) for layer in model.model.layers]
-    return [model.lm_head, *(linear for part in parts for linear in (*part.gate_up, part.down))]
+def _matrices(model: Any) -> Iterator[nn.Parameter]:
+    """All that is packed; of experts together, `[experts, outputs, inputs]`."""
+    yield model.lm_head.weight
+    for parts in map(parts_of, model.model.layers):
+        yield from (linear.weight for linear in parts.linears)
+        if parts.experts:
+            yield from (parts.experts.router, parts.experts.gate_up, parts.experts.down)
 
 
 def round_to_int8(model: Any, dtype: torch.dtype) -> None:
@@ -77,12 +82,13 @@ def round_to_int8(model: Any, dtype: torch.dtype) -> None:
 
     Each output has a scale, of which its largest weight is 127; the others are rounded to whole numbers of it.
     """
-    for linear in _linears(model):
-        stored, rounded = linear.weight.data, torch.empty_like(linear.weight, dtype=dtype)
-        for rows, to in zip(stored.split(_ROWS_AT_ONCE), rounded.split(_ROWS_AT_ONCE), strict=True):
+    for weight in _matrices(model):
+        stored, rounded = weight.data, torch.empty_like(weight, dtype=dtype)
+        pairs = (matrix.flatten(0, -2).split(_ROWS_AT_ONCE) for matrix in (stored, rounded))
+        for rows, to in zip(*pairs, strict=True):
             scales = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
             to.copy_((rows.float() / scales).round() * scales)
-        linear.weight.data = rounded
+        weight.data = rounded
         forget(stored)
 
 
@@ -106,6 +112,7 @@ class PackedWeights:
         self._kept: list[torch.Tensor] = []
         self._arena = Arena()
         config, first = model.config, model.model.layers[0]
+        parts = parts_of(first)
         self._dtype, self._as_int8 = dtype, as_int8
         embedding = model.get_input_embeddings()
         is_tied = model.lm_head.weight is embedding.weight
@@ -122,9 +129,12 @@ class PackedWeights:
             heads=config.num_attention_heads,
             key_heads=config.num_key_value_heads,
             dim=first.self_attn.head_dim,
-            inner=config.intermediate_size,
+            inner=parts.inner,
             vocabulary=model.lm_head.out_features,
             rotated=rotated,
+            experts=len(parts.experts.router) if parts.experts else 0,
+            chosen=parts.experts.chosen if parts.experts else 0,
+            sums_to_one=parts.experts is not None and parts.experts.sums_to_one,
             epsilon=config.rms_norm_eps,
             scaling=first.self_attn.scaling,
             gate_slope=_GATES[_activation(config)][0],
@@ -149,11 +159,19 @@ class PackedWeights:
             qkv_bias=self._bias([linear.bias for linear in parts.projections]),
             out=self._pack(parts.out.weight),
             out_bias=self._bias([parts.out.bias]),
-            gate_up=self._pack(_interleaved(parts.gate_up)),
-            down=self._pack(parts.down.weight),
+            router=self._pack(parts.experts.router) if parts.experts else None,
+            gate_ups=self._addresses(map(self._pack, _gate_ups(parts))),
+            downs=self._addresses(map(self._pack, _downs(parts))),
         )
         _let_go(*parts.linears)
+        if parts.experts:
+            _let_go_experts(parts.experts)
         return packed
+
+    def _addresses(self, pointers: Iterable[int]) -> int:
+        """Where the pointers stand, one after the other."""
+        self._kept.append(torch.tensor(list(pointers)))
+        return self._kept[-1].data_ptr()
 
     def _norm(self, norm: nn.Module | None) -> int | None:
         if norm is None:
@@ -206,10 +224,16 @@ def _joined(linears: list[nn.Linear]) -> torch.Tensor:
     return torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
 
 
-def _interleaved(linears: list[nn.Linear]) -> torch.Tensor:
-    """16 gates, their 16 ups, and so on."""
-    halves = [linear.weight for linear in linears] if len(linears) > 1 else linears[0].weight.chunk(2)
-    return torch.cat([half.unflatten(0, (-1, BLOCK // 2)) for half in halves], dim=1).flatten(0, 1)
+def _gate_ups(parts: LayerParts) -> Iterator[torch.Tensor]:
+    """Of each expert, or of the one gated product: 16 gates, their 16 ups, and so on."""
+    joined = parts.experts.gate_up if parts.experts else [_joined(parts.gate_up)]
+    for gate_up in joined:
+        halves = [half.unflatten(0, (-1, BLOCK // 2)) for half in gate_up.chunk(2)]
+        yield torch.cat(halves, dim=1).flatten(0, 1)
+
+
+def _downs(parts: LayerParts) -> Iterable[torch.Tensor]:
+    return parts.experts.down if parts.experts else [linear.weight for linear in parts.down]
 
 
 def aligned(byte_count: int) -> torch.Tensor:
@@ -224,3 +248,10 @@ def _let_go(*linears: nn.Linear) -> None:
     for linear in linears:
         forget(linear.weight)
         linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+
+def _let_go_experts(experts: Experts) -> None:
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts.module, name)
+        forget(weight)
+        setattr(experts.module, name, nn.Parameter(weight.new_empty(0), requires_grad=False))

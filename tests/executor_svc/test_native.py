@@ -104,6 +104,8 @@ def test_too_many_threads_for_the_system_leave_the_model_whole(serving_folder, m
         ("llama", {"head_dim": 8}, "not multiples of 16"),
         ("llama", {"hidden_size": 80, "head_dim": 16}, "hidden size not one of 32"),
         ("llama", {"head_dim": 512}, "512 numbers"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mixtures of experts beside plain ones"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "another activation than silu or gelu_pytorch_tanh"),
     ],
 )
 def test_models_that_it_is_not_made_for_run_in_torch(architecture, changes, reason):
@@ -186,6 +188,32 @@ def test_weights_are_in_memory_once(tied, dtype):
 
 
 @needs_compiler
+def test_experts_are_in_memory_once():
+    """They are nearly all of a mixture's weights."""
+    model = build_model("mixtral")
+    with torch.inference_mode():
+        PackedWeights(model, torch.float32, rotated=16)
+
+    left = {name: parameter.numel() for name, parameter in model.named_parameters() if "experts" in name}
+    assert len(left) == 2 * 3
+    assert not any(left.values())
+
+
+@needs_compiler
+@pytest.mark.parametrize("sums_to_one", [False, True])
+def test_a_token_gets_the_experts_that_its_router_chooses(tmp_path, sums_to_one):
+    """Shares count differently from family to family: of all experts, or of the chosen ones; all may be chosen."""
+    changes = {"num_experts": 5, "num_experts_per_tok": 5 if sums_to_one else 3, "norm_topk_prob": sums_to_one}
+    loaded = load_folder(save_serving_folder("qwen3_moe", tmp_path, **changes))
+    token_ids = torch.arange(100) * 7919 % 320
+    with torch.inference_mode():
+        expected = build_model("qwen3_moe", **changes)(token_ids[None]).logits[0]
+
+    assert loaded.info.mode == "native"
+    assert distance(logits_of(loaded._model, token_ids), expected) < 1e-5
+
+
+@needs_compiler
 def test_weights_of_several_types_keep_what_they_have(tmp_path):
     """Norms are often float32 beside matrices in half a type; rounded, they would be another model's."""
     folder = save_serving_folder("llama", tmp_path)
@@ -209,9 +237,9 @@ def test_damaged_weights_are_refused_with_a_remedy(tmp_path):
         load_folder(folder)
 
 
-def logits_of(loaded, token_ids):
+def logits_of(steps, token_ids):
     """Of all tokens of one prompt."""
-    steps, count = loaded.steps, len(token_ids)
+    count = len(token_ids)
     geometry = steps.traits.geometry(4)
     tables = [np.arange(count, dtype=np.int32)[None] + count * group for group in range(len(geometry.groups))]
     pool = PagedPool(geometry, count * len(tables), steps.traits.cache_dtype, torch.device("cpu"))
@@ -228,7 +256,7 @@ def distance(actual, expected):
 
 @needs_compiler
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not compute in bfloat16")
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma2", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_in_bfloat16_it_is_closer_to_float32_than_the_model_itself(tmp_path, architecture, tied):
     """Weights are rounded, sums are not: nothing may get worse than it is in transformers."""
@@ -244,4 +272,4 @@ def test_in_bfloat16_it_is_closer_to_float32_than_the_model_itself(tmp_path, arc
     loaded = load_model(folder, cpu, torch.bfloat16, TorchAttention(), native_threads=1)
 
     assert isinstance(loaded.steps, NativeDecoder)
-    assert distance(logits_of(loaded, token_ids), exact) < distance(rounded, exact)
+    assert distance(logits_of(loaded.steps, token_ids), exact) < distance(rounded, exact)
