@@ -94,6 +94,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": None, "init_std": 0.3},
     "gpt_neox": {"num_key_value_heads": None},
     "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "stablelm": {},
     "granite": {"attention_multiplier": 0.25, "logits_scaling": 2.0},
     "starcoder2": _SLIDING,

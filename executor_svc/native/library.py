@@ -45,7 +45,7 @@ class NativeModel(ctypes.Structure):
 
     _fields_ = [
         *_fields("is_bf16 is_int8 layer_count hidden heads key_heads dim inner vocabulary rotated", Integer),
-        *_fields("experts chosen sums_to_one", Integer),
+        *_fields("norms_heads_together experts chosen sums_to_one", Integer),
         *_fields("epsilon scaling gate_slope gate_cube logit_cap embedding_scale", ctypes.c_float),
         *_fields("layers norm output embedding", Pointer),
     ]

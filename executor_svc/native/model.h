@@ -6,9 +6,9 @@
 namespace paceline {
 
 struct Layer {
-    const float *norm1, *norm2;        // [hidden] before attention, and before the gated product
+    const float *norm1, *norm2;        // [hidden] before attention, and before the gated product, or null
     const float *after_attention, *after_product;  // [hidden] norms of what they give, or null
-    const float *query_norm, *key_norm;  // [dim], or null
+    const float *query_norm, *key_norm;  // [dim], of all heads together [heads * dim], or null
     // Matrices are packed; as int8 the scales of all outputs come first, in float32.
     const void *qkv, *out;
     const void *router;                // [experts, hidden]; null: there is one gated product for all tokens
@@ -26,6 +26,7 @@ struct Layer {
 struct Model {
     int64_t is_bf16, is_int8, layer_count, hidden, heads, key_heads, dim, inner, vocabulary;
     int64_t rotated;  // numbers of a head that positions rotate
+    int64_t norms_heads_together;
     int64_t experts, chosen, sums_to_one;  // of a mixture: how many there are, and a token has; whether shares do
     float epsilon, scaling;
     float gate_slope, gate_cube;  // of the gates' activation: `gate` in `product.h`

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-# Decoder layers that are: norm, attention, add, norm, gated product, add; what is added may have a norm of its own. The
-# self-test is the judge of the result.
+# Decoder layers that are: norm, attention, add, norm, gated product, add; what is added may have a norm of its own,
+# beside the one before or instead of it. The self-test is the judge of the result.
 LAYERS = (
     "LlamaDecoderLayer",
     "MistralDecoderLayer",
@@ -18,8 +18,11 @@ LAYERS = (
     "GemmaDecoderLayer",
     "Gemma2DecoderLayer",
     "Gemma3DecoderLayer",
+    "Olmo2DecoderLayer",
+    "Olmo3DecoderLayer",
     "MixtralDecoderLayer",
     "Qwen3MoeDecoderLayer",
+    "OlmoeDecoderLayer",
 )
 _FROM_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # norms whose weights count from 1
 
@@ -40,13 +43,13 @@ class Experts:
 class LayerParts:
     """The modules of one layer; lists have all outputs in order, in one matrix or several."""
 
-    norm1: nn.Module
+    norm1: nn.Module | None
     query_norm: nn.Module | None
     key_norm: nn.Module | None
     projections: list[nn.Linear]  # queries, keys, values
     out: nn.Linear
     after_attention: nn.Module | None  # norm of what attention gives
-    norm2: nn.Module
+    norm2: nn.Module | None
     gate_up: list[nn.Linear]  # all gates, then their ups; none in a mixture
     down: list[nn.Linear]
     experts: Experts | None
@@ -55,6 +58,10 @@ class LayerParts:
     @property
     def linears(self) -> list[nn.Linear]:
         return [*self.projections, self.out, *self.gate_up, *self.down]
+
+    @property
+    def norms_heads_together(self) -> bool:
+        return self.query_norm is not None and self.query_norm.weight.numel() == self.out.in_features
 
     @property
     def inner(self) -> int:
@@ -66,19 +73,19 @@ def parts_of(layer: Any) -> LayerParts:
     """The parts of a layer of one of `LAYERS`."""
     attention, mlp = layer.self_attn, layer.mlp
     experts, joined = _experts_of(mlp), hasattr(attention, "qkv_proj")
-    has_four_norms = hasattr(layer, "pre_feedforward_layernorm")
+    has_later_norms = hasattr(layer, "post_feedforward_layernorm")
     return LayerParts(
-        norm1=layer.input_layernorm,
+        norm1=getattr(layer, "input_layernorm", None),
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
         projections=[attention.qkv_proj] if joined else [attention.q_proj, attention.k_proj, attention.v_proj],
         out=attention.o_proj,
-        after_attention=layer.post_attention_layernorm if has_four_norms else None,
-        norm2=layer.pre_feedforward_layernorm if has_four_norms else layer.post_attention_layernorm,
+        after_attention=layer.post_attention_layernorm if has_later_norms else None,
+        norm2=getattr(layer, "pre_feedforward_layernorm", None) if has_later_norms else layer.post_attention_layernorm,
         gate_up=[] if experts else [mlp.gate_up_proj] if joined else [mlp.gate_proj, mlp.up_proj],
         down=[] if experts else [mlp.down_proj],
         experts=experts,
-        after_product=layer.post_feedforward_layernorm if has_four_norms else None,
+        after_product=layer.post_feedforward_layernorm if has_later_norms else None,
     )
 
 

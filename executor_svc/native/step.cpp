@@ -148,37 +148,34 @@ template <class T> struct Program {
         else product<Into::ADD>(kind, from, s.token_count, weights, bias, inputs, m.hidden, x);
     }
 
-    vec factor_of(const float *x) const {
+    // What brings the squares of some numbers to 1 on average.
+    float factor_of(const float *x, int64_t count) const {
         vec squares = {};
-        for (int64_t i = 0; i < m.hidden; i += 16) squares += at(x + i) * at(x + i);
-        return all(1.0f / std::sqrt(sum(squares) / m.hidden + m.epsilon));
+        for (int64_t i = 0; i < count; i += 16) squares += at(x + i) * at(x + i);
+        return 1.0f / std::sqrt(sum(squares) / count + m.epsilon);
     }
 
     void norm(int64_t token, const float *weight, T *to) const {
         float *x = this->x + token * m.hidden;
         if (after) {
             const float *late = given + token * m.hidden;
-            const vec factor = factor_of(late);
+            const float factor = factor_of(late, m.hidden);
             for (int64_t i = 0; i < m.hidden; i += 16) at(x + i) += at(late + i) * factor * at(after + i);
         }
-        const vec factor = factor_of(x);
-        for (int64_t i = 0; i < m.hidden; i += 16) store(to + i, at(x + i) * factor * at(weight + i));
+        const float factor = weight ? factor_of(x, m.hidden) : 1.0f;
+        for (int64_t i = 0; i < m.hidden; i += 16)
+            store(to + i, weight ? at(x + i) * factor * at(weight + i) : at(x + i));
     }
 
     void norms(const float *weight) {
         deal(NORM, s.token_count, 4, [&](int64_t t) { norm(t, weight, normed + t * m.hidden); });
     }
 
-    // Norm of a head where the model has one, then its rotation: x * cos + (-second half, first half) * sin.
-    void place(const Layer &layer, const float *x, const float *weight, int64_t position, float factor, T *to) const {
+    // One head, normed where the model has such a norm, then rotated: x * cos + (-second half, first half) * sin.
+    void place(const Layer &layer, const float *x, const float *norm, float factor, int64_t position, float scaling,
+               T *to) const {
         alignas(64) float head[256];
-        std::memcpy(head, x, m.dim * sizeof(float));
-        if (weight) {
-            float squares = 0;
-            for (int64_t i = 0; i < m.dim; i++) squares += head[i] * head[i];
-            const float scale = 1.0f / std::sqrt(squares / m.dim + m.epsilon);
-            for (int64_t i = 0; i < m.dim; i++) head[i] *= scale * weight[i];
-        }
+        for (int64_t i = 0; i < m.dim; i += 16) at(head + i) = norm ? at(x + i) * factor * at(norm + i) : at(x + i);
         const float *cosine = s.cosine[layer.rotation] + position * m.rotated;
         const float *sine = s.sine[layer.rotation] + position * m.rotated;
         const int64_t half = m.rotated / 2;
@@ -187,21 +184,29 @@ template <class T> struct Program {
             head[i] = a * cosine[i] - b * sine[i];
             head[i + half] = b * cosine[i + half] + a * sine[i + half];
         }
-        for (int64_t i = 0; i < m.dim; i += 16) store(to + i, at(head + i) * factor);
+        for (int64_t i = 0; i < m.dim; i += 16) store(to + i, at(head + i) * scaling);
+    }
+
+    // All heads of a token's queries or keys.
+    void place_all(const Layer &layer, const float *x, int64_t heads, const float *norm, int64_t position, float scaling,
+                   T *to) const {
+        const bool together = norm && m.norms_heads_together;
+        float factor = together ? factor_of(x, heads * m.dim) : 1.0f;
+        for (int64_t h = 0; h < heads; h++, x += m.dim, to += m.dim) {
+            if (norm && !together) factor = factor_of(x, m.dim);
+            place(layer, x, together ? norm + h * m.dim : norm, factor, position, scaling, to);
+        }
     }
 
     void write(const Layer &layer, int64_t row, int64_t token) const {
         const float *x = qkv + token * qkv_count();
         const int64_t position = s.context[row] - s.row_start[row + 1] + token;
-        for (int64_t h = 0; h < m.heads; h++)
-            place(layer, x + h * m.dim, layer.query_norm, position, m.scaling,
-                  queries + (token * m.heads + h) * m.dim);
+        place_all(layer, x, m.heads, layer.query_norm, position, m.scaling, queries + token * m.heads * m.dim);
         const int64_t block = s.tables[layer.group][row * s.widths[layer.group] + position / layer.block_size];
         const int64_t offset = position % layer.block_size;
         T *key = static_cast<T *>(layer.keys) + (block * layer.key_stride + offset) * m.key_heads * m.dim;
         T *value = static_cast<T *>(layer.values) + (block * layer.value_stride + offset) * m.key_heads * m.dim;
-        for (int64_t h = 0; h < m.key_heads; h++)
-            place(layer, x + (m.heads + h) * m.dim, layer.key_norm, position, 1.0f, key + h * m.dim);
+        place_all(layer, x + m.heads * m.dim, m.key_heads, layer.key_norm, position, 1.0f, key);
         const float *v = x + (m.heads + m.key_heads) * m.dim;
         for (int64_t i = 0; i < m.key_heads * m.dim; i += 16) store(value + i, at(v + i));
     }
@@ -250,6 +255,7 @@ template <class T> struct Program {
         });
     }
 
+    // The gated products of the experts that each token has, in place of one for all tokens.
     void mixture(const Layer &layer) {
         const int64_t rows = s.token_count * m.chosen;
         product<Into::STORE>(GATE_UP, normed, s.token_count, layer.router, nullptr, m.hidden, padded(m.experts), scores);

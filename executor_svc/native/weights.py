@@ -59,6 +59,8 @@ def _reason_against(model: Any, dtype: torch.dtype) -> str:
             f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"
         )
     unbiased = [model.lm_head, *(linear for part in parts for linear in (*part.gate_up, *part.down))]
+    if getattr(config, "clip_qkv", None):
+        return "it limits queries, keys and values (clip_qkv)"
     if _activation(config) not in _GATES or any(linear.bias is not None for linear in unbiased):
         return f"its gated products have a bias, or another activation than {' or '.join(_GATES)}"
     return ""
@@ -132,6 +134,7 @@ class PackedWeights:
             inner=parts.inner,
             vocabulary=model.lm_head.out_features,
             rotated=rotated,
+            norms_heads_together=parts.norms_heads_together,
             experts=len(parts.experts.router) if parts.experts else 0,
             chosen=parts.experts.chosen if parts.experts else 0,
             sums_to_one=parts.experts is not None and parts.experts.sums_to_one,

@@ -97,7 +97,8 @@ def test_too_many_threads_for_the_system_leave_the_model_whole(serving_folder, m
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
-        ("olmo2", {}, "Olmo2DecoderLayer"),
+        ("starcoder2", {}, "Starcoder2DecoderLayer"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("gpt2", {}, "none known"),
         ("llama", {"mlp_bias": True}, "have a bias"),
         ("llama", {"hidden_act": "gelu"}, "another activation"),

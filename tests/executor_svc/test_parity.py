@@ -17,7 +17,7 @@ from tests.tiny_models import ARCHITECTURES, VOCABULARY_SIZE, WINDOW, build_mode
 PROMPT_LENGTHS = (1, 8, 23, 45)  # the last ones are longer than the models' windows
 NATIVE = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"),
-    *("qwen3_moe", "mixtral"),
+    *("olmo2", "olmo3", "qwen3_moe", "mixtral", "olmoe"),
 )
 AROUND_THE_WINDOW = (WINDOW - 10, WINDOW, WINDOW + 100, 3 * WINDOW)
 OUTPUT_COUNT = 20
