@@ -43,17 +43,17 @@ class Experts:
 class LayerParts:
     """The modules of one layer; lists have all outputs in order, in one matrix or several."""
 
-    norm1: nn.Module | None
-    query_norm: nn.Module | None
-    key_norm: nn.Module | None
+    norm1: Any | None  # before attention
+    query_norm: Any | None
+    key_norm: Any | None
     projections: list[nn.Linear]  # queries, keys, values
     out: nn.Linear
-    after_attention: nn.Module | None  # norm of what attention gives
-    norm2: nn.Module | None
+    after_attention: Any | None  # norm of what attention gives
+    norm2: Any | None  # before the gated product
     gate_up: list[nn.Linear]  # all gates, then their ups; none in a mixture
     down: list[nn.Linear]
     experts: Experts | None
-    after_product: nn.Module | None  # norm of what the gated product gives
+    after_product: Any | None  # norm of what the gated product gives
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -102,6 +102,6 @@ def _experts_of(mlp: Any) -> Experts | None:
     )
 
 
-def counts_from_one(norm: nn.Module) -> bool:
+def counts_from_one(norm: Any) -> bool:
     """Whether a norm multiplies with 1 more than its weights."""
     return type(norm).__name__ in _FROM_ONE

@@ -176,7 +176,7 @@ class PackedWeights:
         self._kept.append(torch.tensor(list(pointers)))
         return self._kept[-1].data_ptr()
 
-    def _norm(self, norm: nn.Module | None) -> int | None:
+    def _norm(self, norm: Any | None) -> int | None:
         if norm is None:
             return None
         pointer = self._plain(norm.weight)
