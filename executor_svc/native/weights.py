@@ -70,7 +70,7 @@ def _activation(config: Any) -> str:
     return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
-def _matrices(model: Any) -> Iterator[nn.Parameter]:
+def _matrices(model: Any) -> Iterator[torch.Tensor]:
     """All that is packed; of experts together, `[experts, outputs, inputs]`."""
     yield model.lm_head.weight
     for parts in map(parts_of, model.model.layers):

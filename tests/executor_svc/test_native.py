@@ -148,13 +148,14 @@ def test_a_step_in_cpp_that_computes_something_else_is_not_used(tmp_path, monkey
     assert load_folder(save_serving_folder("llama", tmp_path)).info.mode == "packed"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads_gives_the_same_tokens(load_runner, threads):
+def test_any_number_of_threads_gives_the_same_tokens(load_runner, architecture, threads):
     """How work is shared out must not show in a sum."""
     requests = [DrivenRequest(list(range(3, 3 + length)), 8) for length in (1, 9, 40)]
-    drive(load_runner("llama", threads=threads), requests, chunk=16)
+    drive(load_runner(architecture, threads=threads), requests, chunk=16)
     alone = [DrivenRequest(request.prompt_ids, 8) for request in requests]
-    drive(load_runner("llama", threads=1), alone, chunk=16)
+    drive(load_runner(architecture, threads=1), alone, chunk=16)
 
     assert [one.output_ids for one in requests] == [one.output_ids for one in alone]
 
