@@ -13,6 +13,8 @@
 #include "mixture.h"
 #include "model.h"
 #include "numbers.h"
+#include "pack.h"
+#include "pieces.h"
 #include "product.h"
 #include "team.h"
 
@@ -311,64 +313,6 @@ template <class T> struct Program {
     }
 };
 
-// Positions at which two rows have the same blocks, in all groups; of those that both have in the cache already.
-int64_t alike(const Model &m, const Step &s, int64_t row, int64_t other) {
-    int64_t count = std::min(s.context[row], s.context[other]) - 1;
-    for (int64_t l = 0; l < m.layer_count; l++) {
-        const Layer &layer = m.layers[l];
-        if (l > 0 && layer.group == m.layers[l - 1].group) continue;
-        const int32_t *table = s.tables[layer.group] + row * s.widths[layer.group];
-        const int32_t *others = s.tables[layer.group] + other * s.widths[layer.group];
-        int64_t blocks = 0;
-        while ((blocks + 1) * layer.block_size <= count && table[blocks] == others[blocks]) blocks++;
-        count = std::min(count, blocks * layer.block_size);
-    }
-    return count;
-}
-
-// Rows from `row` on that compute one token each and begin alike, at most `most`; and how much they share.
-Piece alike_from(const Model &m, const Step &s, int64_t row, int64_t most) {
-    Piece piece{row, s.row_start[row], 1, 0};
-    for (int64_t other = row + 1; other < s.row_count && piece.count < most; other++, piece.count++) {
-        if (s.row_start[other + 1] - s.row_start[other] != 1) break;
-        const int64_t count = alike(m, s, row, other);
-        if (count < SHORTEST_ALIKE || (piece.alike && count < piece.alike / 2)) break;
-        piece.alike = piece.alike ? std::min(piece.alike, count) : count;
-    }
-    return piece;
-}
-
-// Cut the attention of a step into what threads take one by one: some tokens of a row, or rows that begin alike.
-void cut_into_pieces(Team &team, bool joins) {
-    const Model &m = *team.model;
-    const Step &s = *team.step;
-    const int64_t together = std::max<int64_t>(1, QUERIES / (m.heads / m.key_heads));
-    team.pieces.clear();
-    for (int64_t row = 0; row < s.row_count; row++) {
-        const int64_t begin = s.row_start[row], end = s.row_start[row + 1];
-        if (joins && end - begin == 1) {
-            team.pieces.push_back(alike_from(m, s, row, together));
-            row += team.pieces.back().count - 1;
-            continue;
-        }
-        for (int64_t t = begin; t < end; t += together) team.pieces.push_back({row, t, std::min(together, end - t), 0});
-    }
-}
-
-void cut(Team &team) {
-    const int64_t threads = team.thread_count, wanted = threads == 1 ? 1 : 4 * threads;  // so that nobody waits for long
-    cut_into_pieces(team, true);
-    team.parts = 0;
-    if (int64_t(team.pieces.size()) >= wanted) return;
-    cut_into_pieces(team, false);
-    const int64_t pieces = team.pieces.size(), heads = team.model->key_heads;
-    if (pieces >= wanted) return;
-    int64_t longest = 0;
-    for (int64_t row = 0; row < team.step->row_count; row++) longest = std::max(longest, team.step->context[row]);
-    team.parts = std::max<int64_t>(1, std::min(longest / SHORTEST_PART, wanted / (pieces * heads) + 1));
-    team.partial.resize(pieces * heads * team.parts * Sums::size(team.model->dim));
-}
-
 void run_program(Team &team, bool keeps_time) {
 #if HAS_BF16
     if (team.model->is_bf16) {
@@ -414,32 +358,6 @@ void follow(Team &team) {
         run_program(team, false);
         if (team.left.fetch_sub(1, std::memory_order_acq_rel) == 1) team.left.notify_all();
     }
-}
-
-// Blocks of 32 outputs, of which `each` numbers lie side by side; `number` gives that of an output and an input.
-template <class W, class F> void pack(int64_t outputs, int64_t inputs, int64_t each, W *to, F number) {
-    for (int64_t block = 0; block < padded(outputs) / 32; block++)
-        for (int64_t k = 0; k < inputs; k += each)
-            for (int64_t n = block * 32; n < block * 32 + 32; n++)
-                for (int64_t i = 0; i < each; i++) *to++ = n < outputs ? number(n, k + i) : W{};
-}
-
-template <class T> void pack_plain(const T *weights, int64_t outputs, int64_t inputs, T *to) {
-    pack(outputs, inputs, 4 / sizeof(T), to, [=](int64_t n, int64_t k) { return weights[n * inputs + k]; });
-}
-
-// Scales first, then whole numbers from -127 to 127: the largest of an output is one of them, the others are rounded.
-template <class T> void pack_int8(const T *weights, int64_t outputs, int64_t inputs, int64_t each, float *to) {
-    float *scales = to;
-    for (int64_t n = 0; n < padded(outputs); n++) {
-        float largest = 0;
-        for (int64_t k = 0; n < outputs && k < inputs; k++)
-            largest = std::max(largest, std::abs(to_float(weights[n * inputs + k])));
-        scales[n] = largest / 127;
-    }
-    pack(outputs, inputs, each, reinterpret_cast<int8_t *>(to + padded(outputs)), [=](int64_t n, int64_t k) {
-        return scales[n] ? int8_t(std::nearbyint(to_float(weights[n * inputs + k]) / scales[n])) : int8_t(0);
-    });
 }
 
 }  // namespace paceline
