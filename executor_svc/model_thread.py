@@ -48,7 +48,6 @@ class _Step:
     attachment: Attachment
     plan: pb.Plan
     came_at: float
-    queued_s: float
     begun: Begun
 
 
@@ -118,7 +117,6 @@ class ModelThread:
             self._finish_all()
         if plan.announces:
             self._announce(attachment, plan.step)
-        started_at = time.perf_counter()
         try:
             begun = self._executor.begin(plan, attachment.epoch)
         except Exception as error:  # noqa: BLE001  the attachment ends with it, the threads go on
@@ -126,7 +124,7 @@ class ModelThread:
             self._executor.reset()  # it may have taken in half of the plan: nobody must go on from there
             self._tell(attachment, error)
             return
-        step = _Step(attachment, plan, came_at, started_at - came_at, begun)
+        step = _Step(attachment, plan, came_at, begun)
         if not begun.keeps_tokens and not self._unfinished_count:
             self._finish(step)
             return
@@ -155,9 +153,11 @@ class ModelThread:
             return
         if result is None:
             return
-        result.timings.queued_us = round(step.queued_s * 1e6)
-        result.timings.idle_us = min(round(max(step.came_at - self._free_at, 0.0) * 1e6), 0xFFFFFFFF)
-        self._free_at = time.perf_counter()
+        timings, now = result.timings, time.perf_counter()
+        worked_us = timings.prepare_us + timings.forward_us + timings.sample_us
+        timings.queued_us = _microseconds(now - step.came_at - worked_us / 1e6)
+        timings.idle_us = _microseconds(step.came_at - self._free_at)
+        self._free_at = now
         self._tell(step.attachment, result)
         if self._metrics is not None:
             self._metrics.note_step(step.plan, result)  # the scheduler need not wait for it
@@ -181,3 +181,7 @@ class ModelThread:
         self._tell(attachment, announcement)
         announcement.is_sent.wait(_ANNOUNCEMENT_S)
         time.sleep(_FLUSH_S)
+
+
+def _microseconds(seconds: float) -> int:
+    return min(max(round(seconds * 1e6), 0), 0xFFFFFFFF)

@@ -614,11 +614,11 @@ class Timings(_message.Message):
     FORWARD_US_FIELD_NUMBER: _builtins.int
     SAMPLE_US_FIELD_NUMBER: _builtins.int
     queued_us: _builtins.int
-    """The plan lay in the executor's queue while the step before it ran."""
+    """The plan was there, and the device busy with the step before it."""
     idle_us: _builtins.int
     """The executor had nothing to run before this plan came."""
     prepare_us: _builtins.int
-    """Reading the plan and building the batch."""
+    """Reading the plan and building the batch, while the device had nothing to do; 0 where it ran the step before."""
     forward_us: _builtins.int
     """The forward pass."""
     sample_us: _builtins.int
