@@ -77,13 +77,16 @@ class Executor:
     def reset(self) -> None:
         """Forget every slot and every step that was begun. The next plan has step 1."""
         with self._lock:
-            self._slots = Slots(self._runner.info)
-            self._step = 0  # begun last
-            self._in_flight: deque[Begun] = deque()
-            self._last_tokens: IntArray = np.zeros(0, dtype=np.int64)  # of the step that was finished last
-            self._acknowledged_step = 0
-            self._departed: deque[tuple[int, pb.HeldAttempt]] = deque()  # (step, attempt): dropped before that step's
-            # tokens were acknowledged
+            self._forget()
+
+    def _forget(self) -> None:
+        self._slots = Slots(self._runner.info)
+        self._step = 0  # begun last
+        self._in_flight: deque[Begun] = deque()
+        self._last_tokens: IntArray = np.zeros(0, dtype=np.int64)  # of the step that was finished last
+        self._acknowledged_step = 0
+        self._departed: deque[tuple[int, pb.HeldAttempt]] = deque()  # (step, attempt): dropped before that step's
+        # tokens were acknowledged
 
     def inventory(self) -> pb.Attached:
         """What is there for a scheduler that takes this executor over, once every step has been finished."""
@@ -110,8 +113,23 @@ class Executor:
                 or not before.keeps_tokens
                 or bool(plan.copies)
                 or bool(np.isin(dropped, before.batch.slots).any())
-                or (self._gives_blocks_back and _takes_blocks(plan, before.batch))
+                or (self._gives_blocks_back and self._takes_blocks(plan, before.batch))
             )
+
+    def _takes_blocks(self, plan: pb.Plan, batch: StepBatch) -> bool:
+        """Whether it has blocks written that rows of this batch would have to read again, should one of them fail."""
+        groups = self._runner.info.layer_groups
+        given = [read_block_ids(plan.appended_block_ids)]
+        for request in plan.new_requests:
+            for group, table in zip(groups, request.block_tables, strict=False):  # `begin` counts them
+                given.append(read_block_ids(table)[request.computed_count // group.block_size :])
+        taken = np.concatenate(given)
+        taken = taken[taken != NO_BLOCK]
+        for group, table in zip(groups, batch.block_tables, strict=True):
+            is_entry = np.arange(table.shape[1]) < -(-batch.context_lengths[:, None] // group.block_size)
+            if np.isin(table[is_entry], taken).any():
+                return True
+        return False
 
     def begin(self, plan: pb.Plan, epoch: int = 0) -> Begun:
         """Take in a plan of the scheduler with this epoch, and have the device begin with it.
@@ -164,8 +182,11 @@ class Executor:
             if not self._in_flight or self._in_flight[0] is not begun:
                 return None
             self._in_flight.popleft()
-            computed = self._compute(begun)
-            return self._take_in(begun, computed)
+            try:
+                return self._take_in(begun, self._compute(begun))
+            except BaseException:
+                self._forget()  # before anybody begins a step with tokens that never came
+                raise
 
     def _take_in(self, begun: Begun, computed: _Computed) -> pb.StepResult:
         slots, sampled = self._slots, begun.rows[begun.samples]
@@ -251,6 +272,8 @@ class Executor:
         if len(counts) != len(chunk_slots) or counts.min() < 1:
             raise PlanError(f"{len(chunk_slots)} chunks have the token counts {counts.tolist()}")
         slots.require(chunk_slots, occupied=True, act="given a chunk")
+        if len(np.unique(chunk_slots)) < len(chunk_slots):
+            raise PlanError(f"of the chunks in slots {chunk_slots.tolist()} two are for the same slot")
         if slots.decoding[chunk_slots].any():
             raise PlanError(f"of the chunks in slots {chunk_slots.tolist()} one is for a slot that is not catching up")
         missing = np.array([len(slots.known[slot]) for slot in chunk_slots.tolist()]) - slots.computed[chunk_slots]
@@ -326,15 +349,6 @@ class Executor:
         log.warning("a request fails by itself", request_id=request_id, trace_id=trace_id, exc_info=error)
         if _is_out_of_memory(error):
             computed.out_of_memory.add(slot)
-
-
-def _takes_blocks(plan: pb.Plan, batch: StepBatch) -> bool:
-    """Whether the plan gives blocks away that rows of this batch may have to read again, should one of them fail."""
-    given = [read_block_ids(plan.appended_block_ids)]
-    given += [read_block_ids(table) for request in plan.new_requests for table in request.block_tables]
-    taken = np.concatenate(given)
-    taken = taken[taken != NO_BLOCK]
-    return any(bool(np.isin(table, taken).any()) for table in batch.block_tables)
 
 
 class _SpoiledError(Exception):

@@ -9,9 +9,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import structlog
+
 from executor_svc.executor import Begun, Executor
 from executor_svc.metrics import ExecutorMetrics
 from paceline.internal.v1 import executor_pb2 as pb
+
+log = structlog.get_logger()
 
 PLANS_IN_FLIGHT = 2
 _ANNOUNCEMENT_S = 1.0
@@ -113,11 +117,11 @@ class ModelThread:
 
     def _start(self, attachment: Attachment, plan: pb.Plan, came_at: float) -> None:
         """Begin the step of a plan; where the device does not work by itself, it has run then."""
-        if plan.announces or self._executor.has_to_wait(plan):
-            self._finish_all()
-        if plan.announces:
-            self._announce(attachment, plan.step)
         try:
+            if plan.announces or self._executor.has_to_wait(plan):
+                self._finish_all()
+            if plan.announces:
+                self._announce(attachment, plan.step)
             begun = self._executor.begin(plan, attachment.epoch)
         except Exception as error:  # noqa: BLE001  the attachment ends with it, the threads go on
             self._finish_all()
@@ -145,22 +149,29 @@ class ModelThread:
                 self._has_finished.notify()
 
     def _finish(self, step: _Step) -> None:
+        """Wait for the end of a step, and tell what came of it; raises nothing."""
         try:
             result = self._executor.finish(step.begun)
+            if result is None:
+                return
+            self._note_times(step, result)
         except Exception as error:  # noqa: BLE001  the attachment ends with it, the threads go on
             self._executor.reset()
             self._tell(step.attachment, error)
             return
-        if result is None:
-            return
+        self._tell(step.attachment, result)
+        if self._metrics is not None:
+            try:
+                self._metrics.note_step(step.plan, result)  # the scheduler need not wait for it
+            except Exception:
+                log.exception("a step could not be counted")
+
+    def _note_times(self, step: _Step, result: pb.StepResult) -> None:
         timings, now = result.timings, time.perf_counter()
         worked_us = timings.prepare_us + timings.forward_us + timings.sample_us
         timings.queued_us = _microseconds(now - step.came_at - worked_us / 1e6)
         timings.idle_us = _microseconds(step.came_at - self._free_at)
         self._free_at = now
-        self._tell(step.attachment, result)
-        if self._metrics is not None:
-            self._metrics.note_step(step.plan, result)  # the scheduler need not wait for it
 
     def _tell(self, attachment: Attachment, outcome: Outcome) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending

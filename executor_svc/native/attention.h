@@ -1,9 +1,9 @@
 // Attention over block tables. Softmax goes along with the keys, so that no context is too long for the scores.
 //
-// Blocks lie anywhere in memory, where a processor does not guess what comes next: while it works on some keys and values
-// it is told to fetch those that follow, a line or two with each load. Keys are read as rows and turned into columns in
-// registers, which pays the more queries look at them: so tokens of one row go together, and so do rows whose first
-// blocks are the same ones, over what they share.
+// Blocks lie anywhere in memory, where a processor does not guess what comes next: while it works on some keys and
+// values it is told to fetch those that follow, a line or two with each load. Keys are read as rows and turned into
+// columns in registers, which pays the more queries look at them: so tokens of one row go together, and so do rows whose
+// first blocks are the same ones, over what they share.
 #pragma once
 
 #include "model.h"
@@ -52,7 +52,8 @@ inline vec weigh(vec total, const bf16 *query, __m512i key) { return (vec)dot((_
 #endif
 
 // Scores of Q queries, of which 16 columns of keys are there: two sums for each, which do not wait for each other.
-template <int Q, class T> inline void weigh_all(const T *queries, int64_t dim, const __m512i columns[16], float *scores) {
+template <int Q, class T>
+inline void weigh_all(const T *queries, int64_t dim, const __m512i columns[16], float *scores) {
     constexpr int64_t each = 4 / sizeof(T);  // numbers in a dword
     vec even[Q], odd[Q];
     for (int q = 0; q < Q; q++) even[q] = at(scores + q * KEYS), odd[q] = vec{};

@@ -54,7 +54,8 @@ class NativeDecoder:
         self._last: NativeRun | None = None  # launched
 
     def __del__(self) -> None:
-        if team := getattr(self, "_team", None):
+        team, self._team = getattr(self, "_team", None), None
+        if team:
             self._library.paceline_team_end(team)
 
     def step(
@@ -129,7 +130,7 @@ class NativeDecoder:
 
     def wait(self, number: int) -> float:
         """Wait until the step of that number is over; returns the seconds that it took."""
-        took_ns: int = self._library.paceline_wait(self._team, number)
+        took_ns: int = self._library.paceline_wait(self._team, number) if self._team else 0  # else it has ended
         return took_ns / 1e9
 
     def likeliest(self, _logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,15 +189,18 @@ class NativeRun:
         self.highest = highest  # [rows] NaN where one of the row's logits is
         self.likeliest = likeliest  # [rows]
         self.seconds = 0.0
-        self._decoder = decoder  # it must not go before the step is over
+        self._decoder: NativeDecoder | None = decoder  # it must not go before the step is over
         self._kept: tuple[Any, ...] = (step, *read)
         self._number = decoder.submit(step)
 
     def wait(self) -> None:
         """Wait until the step is over."""
-        if self._kept:
+        if self._decoder is not None:
             self.seconds = self._decoder.wait(self._number)
-            self._kept = ()
+            self._decoder, self._kept = None, ()
+
+    def __del__(self) -> None:
+        self.wait()
 
 
 def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:

@@ -23,12 +23,14 @@ template <class T> void pack_int8(const T *weights, int64_t outputs, int64_t inp
     float *scales = to;
     for (int64_t n = 0; n < padded(outputs); n++) {
         float largest = 0;
-        for (int64_t k = 0; n < outputs && k < inputs; k++)
-            largest = std::max(largest, std::abs(to_float(weights[n * inputs + k])));
+        for (int64_t k = 0; n < outputs && k < inputs; k++) {
+            const float size = std::abs(to_float(weights[n * inputs + k]));
+            if (size > largest || size != size) largest = size;  // NaN stays, and is seen in the logits
+        }
         scales[n] = largest / 127;
     }
     pack(outputs, inputs, each, reinterpret_cast<int8_t *>(to + padded(outputs)), [=](int64_t n, int64_t k) {
-        return scales[n] ? int8_t(std::nearbyint(to_float(weights[n * inputs + k]) / scales[n])) : int8_t(0);
+        return scales[n] > 0 ? int8_t(std::nearbyint(to_float(weights[n * inputs + k]) / scales[n])) : int8_t(0);
     });
 }
 

@@ -52,7 +52,8 @@ inline void cut_into_pieces(Team &team, bool joins) {
 }
 
 inline void cut(Team &team) {
-    const int64_t threads = team.thread_count, wanted = threads == 1 ? 1 : 4 * threads;  // so that nobody waits for long
+    const int64_t threads = team.thread_count;
+    const int64_t wanted = threads == 1 ? 1 : 4 * threads;  // so that nobody waits for long
     cut_into_pieces(team, true);
     team.parts = 0;
     if (int64_t(team.pieces.size()) >= wanted) return;

@@ -33,7 +33,8 @@ template <class T, class W = T> struct Product {
     float slope, cube;              // of gates
 };
 
-// x times the sigmoid of slope x + cube x^3: silu, and gelu by tanh, whose slope is 2 sqrt(2 / pi) and cube 0.044715 of it.
+// x times the sigmoid of slope x + cube x^3: silu, and gelu by tanh, whose slope is 2 sqrt(2 / pi) and cube 0.044715 of
+// that.
 inline vec gate(vec x, float slope, float cube) { return x / (1.0f + exponential(-x * (slope + cube * x * x))); }
 
 template <Into into, class T, class W>
@@ -149,7 +150,8 @@ template <class T> Product<T> expanded(const Product<T, int8_t> &p, int64_t bloc
     };
     static thread_local std::vector<Line> lines;
     const int64_t count = 32 * p.inputs;
-    if (int64_t(lines.size() * sizeof(Line)) < count * int64_t(sizeof(T))) lines.resize(count * sizeof(T) / sizeof(Line));
+    const size_t wanted = count * sizeof(T) / sizeof(Line);
+    if (lines.size() < wanted) lines.resize(wanted);
     T *to = reinterpret_cast<T *>(lines.data());
     expand(p.weights + block * count, count, to);
     return {p.x, to - block * count, p.scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated, p.slope, p.cube};
@@ -164,7 +166,7 @@ template <class T, class W> constexpr int FEW_ROWS = std::is_same_v<T, W> ? TILE
 // One block of 32 outputs, for all rows: its weights stay in the cache meanwhile, and those of block `next` are fetched
 // there. Few rows fetch what they need themselves soon; of many tiles none fetches anything.
 template <Into into, class T, class W> void multiply(const Product<T, W> &p, int64_t block, int64_t next) {
-    constexpr int64_t line = 32 * 4 * sizeof(W) / sizeof(T);  // bytes of weights that go with each step of a tile's loop
+    constexpr int64_t line = 32 * 4 * sizeof(W) / sizeof(T);  // bytes of weights for each step of a tile's loop
     const int64_t count = (p.rows + TILE - 1) / TILE;
     auto bytes_of = [&](int64_t b) { return reinterpret_cast<const char *>(p.weights + b * 32 * p.inputs); };
     const char *there = bytes_of(std::min(next, p.outputs / 32 - 1));

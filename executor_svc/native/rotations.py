@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from executor_svc.native.build import NativeUnavailableError
+
 
 class Rotations:
     """Cosines and sines by position; one table, or one for each type of layer where the types rotate differently.
@@ -15,14 +17,20 @@ class Rotations:
     """
 
     def __init__(self, model: Any, context_length: int) -> None:
-        """Positions beyond `context_length` are not asked of the model unless a step has them."""
+        """Positions beyond `context_length` are not asked of the model unless a step has them.
+
+        Raises `NativeUnavailableError`.
+        """
         self._rotate = model.model.rotary_emb
         self._context_length = context_length
         self._types: list[str | None] = list(getattr(self._rotate, "layer_types", None) or [None])
         self._of_layers = model.config.layer_types if self._types != [None] else None
         self._known_count = 0
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.width: int = self.up_to(1)[0][0].shape[-1]
+        widths = {cosine.shape[-1] for cosine, _ in self.up_to(1)}
+        if len(widths) > 1:
+            raise NativeUnavailableError(f"its layers rotate {sorted(widths)} numbers of a head, by their type")
+        self.width: int = widths.pop()
         """Numbers of a head that are rotated, the first ones."""
 
     def table_of(self, layer: int) -> int:

@@ -92,7 +92,8 @@ template <class T> struct Program {
     template <Into into>
     void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
                  int64_t outputs, float *to, T *gated = nullptr) {
-        const Product<T> p{.x = x, .bias = bias, .rows = rows, .inputs = inputs, .outputs = outputs, .to = to, .gated = gated};
+        const Product<T> p{.x = x, .bias = bias, .rows = rows, .inputs = inputs, .outputs = outputs, .to = to,
+                           .gated = gated};
         with_weights(p, weights, [&](const auto &one) { deal_blocks<into>(kind, one); });
     }
 
@@ -190,8 +191,8 @@ template <class T> struct Program {
     }
 
     // All heads of a token's queries or keys.
-    void place_all(const Layer &layer, const float *x, int64_t heads, const float *norm, int64_t position, float scaling,
-                   T *to) const {
+    void place_all(const Layer &layer, const float *x, int64_t heads, const float *norm, int64_t position,
+                   float scaling, T *to) const {
         const bool together = norm && m.norms_heads_together;
         float factor = together ? factor_of(x, heads * m.dim) : 1.0f;
         for (int64_t h = 0; h < heads; h++, x += m.dim, to += m.dim) {
@@ -219,7 +220,8 @@ template <class T> struct Program {
         if (parts == 0) {
             const int64_t count = pieces.size();
             deal_ahead(ATTENTION, count, [&](int64_t i, int64_t next) {
-                attention.attend(pieces[i], {0, m.key_heads, 0, 1}, next < count ? &pieces[next] : nullptr, sums.data());
+                const Piece *following = next < count ? &pieces[next] : nullptr;
+                attention.attend(pieces[i], {0, m.key_heads, 0, 1}, following, sums.data());
                 for (int64_t h = 0; h < m.key_heads; h++)
                     attention.put_out(pieces[i], h, {sums.data() + h * size, m.dim});
             });
@@ -260,7 +262,8 @@ template <class T> struct Program {
     // The gated products of the experts that each token has, in place of one for all tokens.
     void mixture(const Layer &layer) {
         const int64_t rows = s.token_count * m.chosen;
-        product<Into::STORE>(GATE_UP, normed, s.token_count, layer.router, nullptr, m.hidden, padded(m.experts), scores);
+        product<Into::STORE>(GATE_UP, normed, s.token_count, layer.router, nullptr, m.hidden, padded(m.experts),
+                             scores);
         deal(GATE_UP, s.token_count, 8, [&](int64_t t) {
             choose(scores + t * padded(m.experts), m.experts, m.chosen, m.sums_to_one, choices + t * m.chosen,
                    shares + t * m.chosen);
@@ -392,8 +395,16 @@ EXPORT int64_t paceline_scratch_bytes(const Model *m, int64_t tokens) {
     return tokens * (item * numbers + 4 * floats) + 10 * 64;
 }
 
-// Ends a team whose steps have all been waited for.
+// Wait until a step is over; returns the nanoseconds that it took. Of steps long ago that is not known any more.
+EXPORT int64_t paceline_wait(Team *team, uint32_t number) {
+    for (uint32_t now; int32_t((now = team->completed.load(std::memory_order_acquire)) - number) <= 0;)
+        team->completed.wait(now, std::memory_order_acquire);
+    return team->queue[number % MOST_SUBMITTED].took_ns;
+}
+
 EXPORT void paceline_team_end(Team *team) {
+    const uint32_t submitted = team->submitted.load(std::memory_order_relaxed);
+    if (submitted) paceline_wait(team, submitted - 1);
     team->is_over = true;
     for (auto *word : {&team->submitted, &team->order}) {
         word->fetch_add(1, std::memory_order_release);
@@ -417,21 +428,15 @@ EXPORT Team *paceline_team(int64_t threads) {
     return team;
 }
 
-// Have a step run after those before it, at most `MOST_SUBMITTED` of which are not over; returns its number. What the
-// pointers lead to must stay until it has been waited for. Only one thread submits at a time.
+// Have a step run after those before it; returns its number. What the pointers lead to must stay until it has been
+// waited for. Only one thread submits at a time; it waits while there is no room in the queue.
 EXPORT uint32_t paceline_submit(Team *team, const Model *model, const Step *step) {
     const uint32_t number = team->submitted.load(std::memory_order_relaxed);
+    if (number >= MOST_SUBMITTED) paceline_wait(team, number - MOST_SUBMITTED);
     team->queue[number % MOST_SUBMITTED] = {model, step, 0};
     team->submitted.store(number + 1, std::memory_order_release);
     team->submitted.notify_all();
     return number;
-}
-
-// Wait until a step is over; returns the nanoseconds that it took. Of steps long ago that is not known any more.
-EXPORT int64_t paceline_wait(Team *team, uint32_t number) {
-    for (uint32_t now; int32_t((now = team->completed.load(std::memory_order_acquire)) - number) <= 0;)
-        team->completed.wait(now, std::memory_order_acquire);
-    return team->queue[number % MOST_SUBMITTED].took_ns;
 }
 
 // Nanoseconds by kind of phase since the last call.

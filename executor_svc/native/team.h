@@ -15,8 +15,8 @@
 
 namespace paceline {
 
-// A thread that waits spins for some microseconds, about as long as a phase is uneven. Then it lets whoever else wants its
-// core go first, and in the end it sleeps: to be woken takes longer than most waits.
+// A thread that waits spins for some microseconds, about as long as a phase is uneven. Then it lets whoever else wants
+// its core go first, and in the end it sleeps: to be woken takes longer than most waits.
 constexpr int SPINS = 200;
 constexpr int YIELDS = 1000;
 
@@ -38,8 +38,8 @@ inline void wait_while(const std::atomic<uint32_t> &word, uint32_t value) {
     while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
 }
 
-// One phase of a step. It waits for pieces of work and not for threads: one that has lost its core holds up the others only
-// as long as it has a piece in hand.
+// One phase of a step. It waits for pieces of work and not for threads: one that has lost its core holds up the others
+// only while it has a piece in hand, or at the end of the step, where everybody has to come by.
 struct Phase {
     std::atomic<int64_t> dealt{0};  // pieces given out
     std::atomic<uint32_t> finished{0};

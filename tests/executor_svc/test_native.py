@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from executor_svc.attention.torch_backend import TorchAttention
 from executor_svc.kv_cache import PagedPool
+from executor_svc.machine import usable_core_count
 from executor_svc.model import ModelError, load_model
 from executor_svc.native import build, library
 from executor_svc.native.build import NativeUnavailableError, library_path
@@ -148,12 +149,15 @@ def test_a_step_in_cpp_that_computes_something_else_is_not_used(tmp_path, monkey
     assert load_folder(save_serving_folder("llama", tmp_path)).info.mode == "packed"
 
 
+@needs_compiler
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4 * usable_core_count()])
 def test_any_number_of_threads_gives_the_same_tokens(load_runner, architecture, threads):
-    """How work is shared out must not show in a sum."""
+    """How work is shared out must not show in a sum, nor that a thread has no core for a while."""
     requests = [DrivenRequest(list(range(3, 3 + length)), 8) for length in (1, 9, 40)]
-    drive(load_runner(architecture, threads=threads), requests, chunk=16)
+    runner = load_runner(architecture, threads=threads)
+    assert runner.info.mode == "native"
+    drive(runner, requests, chunk=16)
     alone = [DrivenRequest(request.prompt_ids, 8) for request in requests]
     drive(load_runner(architecture, threads=1), alone, chunk=16)
 

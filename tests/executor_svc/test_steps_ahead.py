@@ -1,32 +1,33 @@
 """Steps that are begun before the one before them has ended: the device never waits for its host."""
 
+import gc
 import queue
 import threading
 import time
+import weakref
 
 import pytest
 
 from executor_svc.config import ExecutorConfig
-from executor_svc.executor import Executor
+from executor_svc.executor import BrokenDeviceError, Executor, PlanError
 from executor_svc.fake import next_token
 from executor_svc.model_thread import Attachment, ModelThread
+from executor_svc.native.model import NativeDecoder
 from paceline.internal.v1 import executor_pb2 as pb
 from scheduler_svc.core.layer_groups import LayerGroup
-from tests.executor_svc.conftest import needs_compiler
+from tests.executor_svc.conftest import load_folder, needs_compiler
 from tests.executor_svc.test_executor import first_plan, start, tokens_of, u16, u32
-from tests.scheduler_svc.core.fleet import AheadRunner, executor_groups
-
-GROUPS = executor_groups((LayerGroup(4),))
+from tests.scheduler_svc.core.fleet import AheadRunner, Fleet, capacity, executor_groups, make_request
 
 
 class GatedRunner(AheadRunner):
     """A device that ends no step before it may."""
 
-    def __init__(self):
+    def __init__(self, group=None):
         config = ExecutorConfig(
             model="fake", fake_block_count=12, max_num_seqs=4, max_model_len=64, fake_step_us=0, fake_token_us=0
         )
-        super().__init__(config, GROUPS)
+        super().__init__(config, executor_groups((group or LayerGroup(4),)))
         self.may_end = threading.Event()
         self.launch_count = 0
 
@@ -52,9 +53,16 @@ def runner():
     return GatedRunner()
 
 
+class BrokenMetrics:
+    """Cannot count."""
+
+    def note_step(self, plan, result):
+        raise OverflowError("too much")
+
+
 @pytest.fixture
-def thread(runner):
-    thread = ModelThread(Executor(runner), Calls())
+def thread(runner, request):
+    thread = ModelThread(Executor(runner), Calls(), getattr(request, "param", None))
     yield thread
     runner.may_end.set()
     thread.stop()
@@ -113,6 +121,50 @@ def test_who_takes_over_finds_the_steps_that_were_on_their_way(runner, thread):
     assert attached.held[0].computed_count == 3
 
 
+@pytest.mark.parametrize("thread", [BrokenMetrics()], indirect=True)
+def test_what_cannot_be_counted_is_told_all_the_same(runner, thread):
+    """A mistake in what only watches must not end what it watches."""
+    runner.may_end.set()
+    attachment = attach(thread, resume=False)
+    thread.submit(attachment, first_plan(start(0, [1, 2], [3, 4])))
+    for step in (2, 3, 4):
+        thread.submit(attachment, decode(step))
+
+    attachment.outcomes.get(timeout=60)
+    assert [attachment.outcomes.get(timeout=60).step for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_plan_that_makes_no_sense_is_refused_after_the_step_on_its_way(runner, thread):
+    """The scheduler has to hear of it; what was computed before is still owed to it."""
+    attachment = attach(thread, resume=False)
+    attachment.outcomes.get(timeout=60)
+    thread.submit(attachment, first_plan(start(0, [1, 2], [3, 4])))
+    thread.submit(attachment, decode(2, dropped_slots=b"\x00"))
+    until_true(lambda: runner.launch_count == 1)
+    runner.may_end.set()
+
+    result, refusal = (attachment.outcomes.get(timeout=60) for _ in range(2))
+
+    assert tokens_of(result) == [next_token([1, 2])]
+    assert isinstance(refusal, PlanError)
+    successor = attach(thread, resume=False)
+    assert successor.outcomes.get(timeout=60).last_step == 0
+
+
+def test_nothing_goes_on_from_a_step_that_broke_the_device(runner, monkeypatch):
+    """Its tokens never came: a step that went on from them would read whatever lies there."""
+    runner.may_end.set()
+    executor = Executor(runner)
+    first = executor.begin(first_plan(start(0, [1], [0, 1]), start(1, [2], [2, 3])))
+    runner.broken_slot = 0
+    monkeypatch.setattr(runner, "check_device", lambda: 1 / 0)
+
+    with pytest.raises(BrokenDeviceError):
+        executor.finish(first)
+    with pytest.raises(PlanError):
+        executor.begin(decode(2, 2))
+
+
 def test_a_row_that_ended_meanwhile_was_computed_in_vain(runner):
     """What a device did before it could know better must not reach anybody, nor be counted."""
     runner.may_end.set()
@@ -167,6 +219,19 @@ def test_what_touches_a_step_on_its_way_waits_for_it(runner, plan, waits):
     assert not executor.has_to_wait(plan)
 
 
+@pytest.mark.parametrize(("block", "waits"), [(0, False), (3, True), (5, False), (9, False)])
+def test_a_block_that_a_step_on_its_way_may_read_again_is_not_written_yet(block, waits):
+    """Behind a window blocks go to others at once; a row that fails is run again, and reads what it read before."""
+    runner = GatedRunner(LayerGroup(2, window=3))
+    runner.may_end.set()
+    executor = Executor(runner)
+    first = executor.begin(first_plan(start(0, [1, 2, 3, 4], [3, 4, 6]), start(1, [2], [7])))
+    plan = decode(2, 2, appended_slots=u16(1), appended_block_ids=u32(block))
+
+    assert executor.has_to_wait(plan) == waits
+    executor.finish(first)
+
+
 def test_draws_are_waited_for(runner):
     """They are made on the host: a device does not have such a token."""
     runner.may_end.set()
@@ -176,6 +241,43 @@ def test_draws_are_waited_for(runner):
     executor.begin(first_plan(drawing))
 
     assert executor.has_to_wait(decode(2))
+
+
+def test_the_fleet_of_the_scheduler_tests_works_ahead():
+    """Their scenarios and properties are to hold for steps on their way; they say nothing if there never is one."""
+    fleet = Fleet()
+    fleet.join("e", capacity(4, 12, 4, 8))
+    fleet.add(make_request("r", [1, 2], 6))
+    while fleet.alive:
+        fleet.plan("e")
+        fleet.plan("e")
+        fleet.run("e")
+
+    assert fleet.begun_ahead_count >= 4
+    fleet.assert_tokens()
+
+
+@needs_compiler
+def test_a_decoder_that_nobody_has_is_gone_at_once(serving_folder):
+    """Its weights are most of what a process has: where its steps failed the self-test, torch needs the memory."""
+    gc.disable()
+    try:
+        decoder = load_folder(serving_folder("llama"))._model
+        assert isinstance(decoder, NativeDecoder)
+        is_there = weakref.ref(decoder)
+        del decoder
+        assert is_there() is None
+    finally:
+        gc.enable()
+
+
+@needs_compiler
+def test_a_step_that_nobody_waits_for_ends_before_its_memory_goes(serving_folder):
+    """C++ still writes to it; and whoever ends the threads must not wait for ever."""
+    executor = Executor(load_folder(serving_folder("llama"), threads=3))
+    executor.begin(first_plan(start(0, [1, 2, 3], [1, 2])))
+    del executor
+    gc.collect()
 
 
 @needs_compiler
