@@ -125,9 +125,9 @@ class Executor:
                 given.append(read_block_ids(table)[request.computed_count // group.block_size :])
         taken = np.concatenate(given)
         taken = taken[taken != NO_BLOCK]
-        for group, table in zip(groups, batch.block_tables, strict=True):
-            is_entry = np.arange(table.shape[1]) < -(-batch.context_lengths[:, None] // group.block_size)
-            if np.isin(table[is_entry], taken).any():
+        for group, tables in zip(groups, batch.block_tables, strict=True):
+            is_entry = np.arange(tables.shape[1]) < -(-batch.context_lengths[:, None] // group.block_size)
+            if np.isin(tables[is_entry], taken).any():
                 return True
         return False
 
