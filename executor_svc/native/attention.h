@@ -2,8 +2,8 @@
 //
 // Blocks lie anywhere in memory, where a processor does not guess what comes next: while it works on some keys and
 // values it is told to fetch those that follow, a line or two with each load. Keys are read as rows and turned into
-// columns in registers, which pays the more queries look at them: so tokens of one row go together, and so do rows whose
-// first blocks are the same ones, over what they share.
+// columns in registers, which pays the more queries look at them: so tokens of one row go together, and so do rows
+// whose first blocks are the same ones, over what they share.
 #pragma once
 
 #include "model.h"

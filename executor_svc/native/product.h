@@ -31,19 +31,20 @@ template <class T, class W = T> struct Product {
     float *to;                      // [rows, outputs]
     T *gated;                       // [rows, outputs / 2]
     float slope, cube;              // of gates
+    Into into;
 };
 
 // x times the sigmoid of slope x + cube x^3: silu, and gelu by tanh, whose slope is 2 sqrt(2 / pi) and cube 0.044715 of
 // that.
 inline vec gate(vec x, float slope, float cube) { return x / (1.0f + exponential(-x * (slope + cube * x * x))); }
 
-template <Into into, class T, class W>
-inline void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, vec high) {
+template <class T, class W>
+__attribute__((noinline)) void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, vec high) {
     if (p.scales) {
         low *= at(p.scales + block * 32);
         high *= at(p.scales + block * 32 + 16);
     }
-    if (into == Into::GATED) {
+    if (p.into == Into::GATED) {
         store(p.gated + row * (p.outputs / 2) + block * 16, gate(low, p.slope, p.cube) * high);
         return;
     }
@@ -52,7 +53,7 @@ inline void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, 
         high += at(p.bias + block * 32 + 16);
     }
     float *to = p.to + row * p.outputs + block * 32;
-    if (into == Into::ADD) {
+    if (p.into == Into::ADD) {
         low += at(to);
         high += at(to + 16);
     }
@@ -60,7 +61,7 @@ inline void finish(const Product<T, W> &p, int64_t row, int64_t block, vec low, 
     at(to + 16) = high;
 }
 
-template <int R, Into into, int F, class W>
+template <int R, int F, class W>
 void tile(const Product<float, W> &p, int64_t row, int64_t block, Ahead<F> ahead) {
     const float *x = p.x + row * p.inputs;
     const W *w = p.weights + block * 32 * p.inputs;
@@ -75,11 +76,11 @@ void tile(const Product<float, W> &p, int64_t row, int64_t block, Ahead<F> ahead
             high[r] += number * second;
         }
     }
-    for (int r = 0; r < R; r++) finish<into>(p, row + r, block, low[r], high[r]);
+    for (int r = 0; r < R; r++) finish(p, row + r, block, low[r], high[r]);
 }
 
 #if HAS_BF16
-template <int R, Into into, int F, class W>
+template <int R, int F, class W>
 void tile(const Product<bf16, W> &p, int64_t row, int64_t block, Ahead<F> ahead) {
     const bf16 *x = p.x + row * p.inputs;
     const W *w = p.weights + block * 32 * p.inputs;
@@ -112,29 +113,29 @@ void tile(const Product<bf16, W> &p, int64_t row, int64_t block, Ahead<F> ahead)
             low[r * U] = _mm512_add_ps(low[r * U], low[r * U + u]);
             high[r * U] = _mm512_add_ps(high[r * U], high[r * U + u]);
         }
-        finish<into>(p, row + r, block, (vec)low[r * U], (vec)high[r * U]);
+        finish(p, row + r, block, (vec)low[r * U], (vec)high[r * U]);
     }
 }
 #endif
 
-template <Into into, class T, class W, int F, int R> struct Tiles {
-    static void one(const Product<T, W> &p, int64_t row, int64_t count, int64_t block, Ahead<F> ahead) {
-        if (count == R) tile<R, into, F>(p, row, block, ahead);
-        else Tiles<into, T, W, F, R - 1>::one(p, row, count, block, ahead);
+// A tile of `count` rows, at most R and at least `least`.
+template <int R, int least, int F, class T, class W>
+void tile_of(const Product<T, W> &p, int64_t row, int64_t count, int64_t block, Ahead<F> ahead) {
+    if constexpr (R > least) {
+        if (count < R) return tile_of<R - 1, least, F>(p, row, count, block, ahead);
     }
-};
-template <Into into, class T, class W, int F> struct Tiles<into, T, W, F, 0> {
-    static void one(const Product<T, W> &, int64_t, int64_t, int64_t, Ahead<F>) {}
-};
+    tile<R, F>(p, row, block, ahead);
+}
 
 // All rows in tiles of about the same size. With each step of its loop a tile fetches its part of `line` bytes from
 // `there` on.
-template <int F, Into into, int most = TILE, class T, class W>
+template <int F, int most, int least, class T, class W>
 void tiles(const Product<T, W> &p, int64_t block, int64_t count, const char *there, int64_t line) {
     const int64_t steps = p.inputs * int64_t(sizeof(T)) / 4;
     for (int64_t i = 0, row = 0; i < count; i++) {
         const int64_t size = (p.rows - row) / (count - i);
-        Tiles<into, T, W, F, most>::one(p, row, size, block, {there + i * steps * line / count, line / count});
+        const Ahead<F> ahead{there + i * steps * line / count, line / count};
+        tile_of<most, least, F>(p, row, size, block, ahead);
         row += size;
     }
 }
@@ -154,28 +155,32 @@ template <class T> Product<T> expanded(const Product<T, int8_t> &p, int64_t bloc
     if (lines.size() < wanted) lines.resize(wanted);
     T *to = reinterpret_cast<T *>(lines.data());
     expand(p.weights + block * count, count, to);
-    return {p.x, to - block * count, p.scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated, p.slope, p.cube};
+    return {p.x, to - block * count, p.scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated, p.slope, p.cube,
+            p.into};
 }
 
 constexpr int64_t FEW_TILES = 8;  // of more tiles the first, which waits for memory, is a small part
 
 // So many rows are one tile that takes weights as they come. Of more rows int8 is turned into numbers beforehand: these
 // tiles are compiled anyway.
-template <class T, class W> constexpr int FEW_ROWS = std::is_same_v<T, W> ? TILE : std::min(TILE, 4);
+constexpr int FEW_ROWS_OF_INT8 = std::min(TILE, 4);
+template <class T, class W> constexpr int FEW_ROWS = std::is_same_v<T, W> ? TILE : FEW_ROWS_OF_INT8;
+
+constexpr int LEAST_ROWS = std::min((TILE + 1) / 2, FEW_ROWS_OF_INT8 + 1);  // of a tile where there are more rows
 
 // One block of 32 outputs, for all rows: its weights stay in the cache meanwhile, and those of block `next` are fetched
 // there. Few rows fetch what they need themselves soon; of many tiles none fetches anything.
-template <Into into, class T, class W> void multiply(const Product<T, W> &p, int64_t block, int64_t next) {
+template <class T, class W> void multiply(const Product<T, W> &p, int64_t block, int64_t next) {
     constexpr int64_t line = 32 * 4 * sizeof(W) / sizeof(T);  // bytes of weights for each step of a tile's loop
     const int64_t count = (p.rows + TILE - 1) / TILE;
     auto bytes_of = [&](int64_t b) { return reinterpret_cast<const char *>(p.weights + b * 32 * p.inputs); };
     const char *there = bytes_of(std::min(next, p.outputs / 32 - 1));
     if (p.rows <= FEW_ROWS<T, W>) {
-        tiles<(line + 63) / 64, into, FEW_ROWS<T, W>>(p, block, count, bytes_of(block) + 4096, line);
+        tiles<(line + 63) / 64, FEW_ROWS<T, W>, 1>(p, block, count, bytes_of(block) + 4096, line);
     } else if (count <= FEW_TILES) {
-        tiles<1, into>(expanded(p, block), block, count, there, line);
+        tiles<1, TILE, LEAST_ROWS>(expanded(p, block), block, count, there, line);
     } else {
-        tiles<0, into>(expanded(p, block), block, count, nullptr, 0);
+        tiles<0, TILE, LEAST_ROWS>(expanded(p, block), block, count, nullptr, 0);
     }
 }
 

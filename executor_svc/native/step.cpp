@@ -89,12 +89,11 @@ template <class T> struct Program {
         }
     }
 
-    template <Into into>
-    void product(Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
+    void product(Into into, Kind kind, const T *x, int64_t rows, const void *weights, const float *bias, int64_t inputs,
                  int64_t outputs, float *to, T *gated = nullptr) {
         const Product<T> p{.x = x, .bias = bias, .rows = rows, .inputs = inputs, .outputs = outputs, .to = to,
-                           .gated = gated};
-        with_weights(p, weights, [&](const auto &one) { deal_blocks<into>(kind, one); });
+                           .gated = gated, .into = into};
+        with_weights(p, weights, [&](const auto &one) { deal_blocks(kind, one); });
     }
 
     // Do something with a product of these weights, which are of type T, or int8 after the scales of all outputs.
@@ -103,22 +102,22 @@ template <class T> struct Program {
             const float *scales = static_cast<const float *>(weights);
             const int8_t *numbers = reinterpret_cast<const int8_t *>(scales + p.outputs);
             work(Product<T, int8_t>{p.x, numbers, scales, p.bias, p.rows, p.inputs, p.outputs, p.to, p.gated,
-                                    m.gate_slope, m.gate_cube});
+                                    m.gate_slope, m.gate_cube, p.into});
         } else {
             work(Product<T>{p.x, static_cast<const T *>(weights), nullptr, p.bias, p.rows, p.inputs, p.outputs, p.to,
-                            p.gated, m.gate_slope, m.gate_cube});
+                            p.gated, m.gate_slope, m.gate_cube, p.into});
         }
     }
 
-    template <Into into, class W> void deal_blocks(Kind kind, const Product<T, W> &p) {
+    template <class W> void deal_blocks(Kind kind, const Product<T, W> &p) {
         const int64_t blocks = p.outputs / 32;
         if (p.rows <= FEW_ROWS<T, W>) {  // weights are read once, so that those of blocks in a row come as one stream
             const int64_t size = std::max<int64_t>(1, blocks / (8 * team.thread_count));
-            deal(kind, blocks, size, [&](int64_t block) { multiply<into>(p, block, block); });
+            deal(kind, blocks, size, [&](int64_t block) { multiply(p, block, block); });
         } else if (p.rows > FEW_TILES * TILE) {
-            deal(kind, blocks, 1, [&](int64_t block) { multiply<into>(p, block, block); });
+            deal(kind, blocks, 1, [&](int64_t block) { multiply(p, block, block); });
         } else {
-            deal_ahead(kind, blocks, [&](int64_t block, int64_t next) { multiply<into>(p, block, next); });
+            deal_ahead(kind, blocks, [&](int64_t block, int64_t next) { multiply(p, block, next); });
         }
     }
 
@@ -147,8 +146,8 @@ template <class T> struct Program {
     // model has one, by the norms that come next.
     void add(Kind kind, const T *from, const void *weights, const float *bias, int64_t inputs, const float *norm) {
         after = norm;
-        if (norm) product<Into::STORE>(kind, from, s.token_count, weights, bias, inputs, m.hidden, given);
-        else product<Into::ADD>(kind, from, s.token_count, weights, bias, inputs, m.hidden, x);
+        if (norm) product(Into::STORE, kind, from, s.token_count, weights, bias, inputs, m.hidden, given);
+        else product(Into::ADD, kind, from, s.token_count, weights, bias, inputs, m.hidden, x);
     }
 
     // What brings the squares of some numbers to 1 on average.
@@ -245,7 +244,7 @@ template <class T> struct Program {
 
     // A product for the rows of each expert that has some, with its weights. The number of pieces must not depend on
     // what was chosen: a thread that comes late to a phase asks how many there were.
-    template <Into into> void products(Kind kind, const void *const *weights, const Product<T> &whole) {
+    void products(Kind kind, const void *const *weights, const Product<T> &whole) {
         const int64_t blocks = whole.outputs / 32, count = std::min(m.experts, s.token_count * m.chosen) * blocks;
         deal(kind, count, std::max<int64_t>(1, count / (8 * team.thread_count)), [&](int64_t i) {
             if (i / blocks >= int64_t(groups.asked.size())) return;
@@ -253,16 +252,16 @@ template <class T> struct Program {
             Product<T> p = whole;
             p.rows = groups.first[expert + 1] - first;
             p.x += first * p.inputs;
-            if (into == Into::GATED) p.gated += first * p.outputs / 2;
+            if (p.into == Into::GATED) p.gated += first * p.outputs / 2;
             else p.to += first * p.outputs;
-            with_weights(p, weights[expert], [&](const auto &one) { multiply<into>(one, i % blocks, i % blocks + 1); });
+            with_weights(p, weights[expert], [&](const auto &one) { multiply(one, i % blocks, i % blocks + 1); });
         });
     }
 
     // The gated products of the experts that each token has, in place of one for all tokens.
     void mixture(const Layer &layer) {
         const int64_t rows = s.token_count * m.chosen;
-        product<Into::STORE>(GATE_UP, normed, s.token_count, layer.router, nullptr, m.hidden, padded(m.experts),
+        product(Into::STORE, GATE_UP, normed, s.token_count, layer.router, nullptr, m.hidden, padded(m.experts),
                              scores);
         deal(GATE_UP, s.token_count, 8, [&](int64_t t) {
             choose(scores + t * padded(m.experts), m.experts, m.chosen, m.sums_to_one, choices + t * m.chosen,
@@ -272,9 +271,10 @@ template <class T> struct Program {
         deal(GATE_UP, rows, 8, [&](int64_t i) {
             std::memcpy(gathered + groups.row_of[i] * m.hidden, normed + i / m.chosen * m.hidden, m.hidden * sizeof(T));
         });
-        products<Into::GATED>(GATE_UP, layer.gate_ups,
-                              {.x = gathered, .inputs = m.hidden, .outputs = 2 * m.inner, .gated = inner});
-        products<Into::STORE>(DOWN, layer.downs, {.x = inner, .inputs = m.inner, .outputs = m.hidden, .to = given});
+        products(GATE_UP, layer.gate_ups,
+                 {.x = gathered, .inputs = m.hidden, .outputs = 2 * m.inner, .gated = inner, .into = Into::GATED});
+        products(DOWN, layer.downs,
+                 {.x = inner, .inputs = m.inner, .outputs = m.hidden, .to = given, .into = Into::STORE});
         deal(DOWN, s.token_count, 4, [&](int64_t t) {
             float *to = x + t * m.hidden;
             for (int64_t c = t * m.chosen; c < (t + 1) * m.chosen; c++) {
@@ -287,7 +287,7 @@ template <class T> struct Program {
 
     void run_layer(const Layer &layer) {
         norms(layer.norm1);
-        product<Into::STORE>(QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
+        product(Into::STORE, QKV, normed, s.token_count, layer.qkv, layer.qkv_bias, m.hidden, qkv_count(), qkv);
         deal(WRITE, pieces.size(), 1, [&](int64_t i) {
             for (int64_t t = 0; t < pieces[i].count; t++) write(layer, pieces[i].row_of(t), pieces[i].first + t);
         });
@@ -295,7 +295,7 @@ template <class T> struct Program {
         add(OUT, attended, layer.out, layer.out_bias, m.heads * m.dim, layer.after_attention);
         norms(layer.norm2);
         if (layer.router) return mixture(layer);
-        product<Into::GATED>(GATE_UP, normed, s.token_count, layer.gate_ups[0], nullptr, m.hidden, 2 * m.inner, nullptr,
+        product(Into::GATED, GATE_UP, normed, s.token_count, layer.gate_ups[0], nullptr, m.hidden, 2 * m.inner, nullptr,
                              inner);
         add(DOWN, inner, layer.downs[0], nullptr, m.inner, layer.after_product);
     }
@@ -307,7 +307,7 @@ template <class T> struct Program {
         });
         for (int64_t l = 0; l < m.layer_count; l++) run_layer(m.layers[l]);
         deal(NORM, s.sampled_count, 4, [&](int64_t i) { norm(s.sampled[i], m.norm, normed + i * m.hidden); });
-        product<Into::STORE>(OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary),
+        product(Into::STORE, OUTPUT, normed, s.sampled_count, m.output, nullptr, m.hidden, padded(m.vocabulary),
                              s.logits);
         deal(OUTPUT, s.sampled_count, 1, [&](int64_t i) {
             if (m.logit_cap) cap(s.logits + i * padded(m.vocabulary), m.vocabulary, m.logit_cap);
