@@ -61,7 +61,7 @@ class StepBatch:
     of position p belong in block `block_tables[g][i, p // B]` at offset `p % B`.
     """
 
-    slots: IntArray  # [R] ascending; for messages only
+    slots: IntArray  # [R] ascending; a runner needs them for messages only
     token_ids: IntArray  # [T]; -1 - i is the token of sampling row i of the batch before, while that is on its way
     query_lengths: IntArray  # [R] at least 1
     context_lengths: IntArray  # [R] tokens in the cache once this step has run

@@ -20,7 +20,7 @@ from executor_svc.packed_model import PackedTraits
 
 
 class NativeDecoder:
-    """Runs packed steps of one model. Called from one thread only."""
+    """Runs packed steps of one model, in the order in which they are launched. Launched by one thread at a time."""
 
     def __init__(
         self,
