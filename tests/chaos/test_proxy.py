@@ -253,6 +253,8 @@ async def test_a_grpc_stream_meets_the_faults_as_those_of_a_network():
                 assert [await call.read() for _ in range(20)] == [b"n%d" % number for number in range(20)]
                 fault()
                 assert await read_on(call, 20) is grpc.StatusCode.UNAVAILABLE
+                while channel.get_state() is grpc.ChannelConnectivity.READY:  # the next call would meet the same fault
+                    await asyncio.sleep(0.001)
             call = method(b"n", timeout=1, wait_for_ready=True)
             await call.read()
             proxy.drop(Way.BACK)
