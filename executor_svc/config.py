@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 WEIGHTS = ("", "int8")
+ATTENTION = ("auto", "torch", "triton", "flashinfer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,19 @@ class ExecutorConfig:
     """CPU threads for the model. 0: all cores that the process may use, but one where a CPU runs the model in torch."""
 
     native: bool = True
-    """Whether a CPU runs steps in C++, built at the first start, where the model and the machine allow it."""
+    """Whether steps run in code of our own where the model and the machine allow it: in C++, built at the first start,
+    on a CPU, in fused kernels on a GPU. Else in the model's own."""
+
+    attention: str = "auto"
+    """What computes attention where no C++ does: `torch` (any device), `triton` (a GPU), `flashinfer` (a GPU, where
+    that library is installed). `auto`: `triton` on a GPU, else `torch`."""
+
+    graphs: bool = True
+    """Whether a GPU records steps that only decode, for so many requests each, and replays them: launching every kernel
+    of a small step takes longer than computing it."""
+
+    tensor_parallel: int = 1
+    """GPUs that share one model too large for one of them. Each gets a process of its own; they fail as one."""
 
     keep_checks: bool = True
     """Whether a start that tested the model and measured its largest step keeps the results, and later ones of the same
@@ -108,6 +121,10 @@ def check_settings(config: ExecutorConfig) -> None:
         )
     if config.weights not in WEIGHTS:
         raise SettingsError(f"weights must be 'int8', or left out for the type of the model, got '{config.weights}'")
+    if config.attention not in ATTENTION:
+        raise SettingsError(f"attention must be {', '.join(map(repr, ATTENTION))}, got '{config.attention}'")
+    if config.tensor_parallel < 1:
+        raise SettingsError(f"tensor parallel must be 1 (one GPU) or more, got {config.tensor_parallel}")
     if config.threads < 0:
         raise SettingsError(f"threads must be 0 (all cores) or more, got {config.threads}")
     if not 0 < config.memory_utilization <= 1:

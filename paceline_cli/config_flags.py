@@ -75,7 +75,12 @@ _FLAGS = {
         _MODEL,
         "Use the self-test and measurements of an earlier start, or keep them.",
     ),
-    "native": _flag("--native/--no-native", _MODEL, "On a CPU: steps in C++ where possible, else in torch."),
+    "native": _flag("--native/--no-native", _MODEL, "Steps in C++ (CPU) or fused kernels (GPU) where they can be had."),
+    "attention": _flag(
+        "--attention", _MODEL, "torch, triton or flashinfer; auto takes triton on a GPU.", metavar="BACKEND"
+    ),
+    "graphs": _flag("--graphs/--no-graphs", _MODEL, "On a GPU: record decoding steps once and replay them."),
+    "tensor_parallel": _count("--tensor-parallel", _MODEL, "GPUs that share one model."),
     "max_model_len": _count("--max-model-len", _MODEL, "Tokens of prompt and output together; 0: the model's.", 0),
     "block_size": _count("--block-size", _MODEL, "Tokens of one cache block, a power of two."),
     "cache_memory_bytes": _size("--cache-memory", _MODEL, "Memory for keys and values, as 2GiB; 0: measured."),
