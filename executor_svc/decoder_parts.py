@@ -29,6 +29,10 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # of gates
 _FROM_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # norms whose weights count from 1
 
 
+class UnknownPartsError(Exception):
+    """A model cannot be taken apart; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture: gated products of which a router chooses some for each token."""

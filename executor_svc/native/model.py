@@ -22,6 +22,9 @@ from executor_svc.rotations import Rotations
 class NativeDecoder:
     """Runs packed steps of one model, in the order in which they are launched. Launched by one thread at a time."""
 
+    mode = "native"
+    reads_inputs = False
+
     def __init__(
         self,
         model: Any,
