@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import structlog
@@ -83,6 +83,7 @@ class TorchRunner:
             ModelError: the model or the settings cannot be served; the message says what to change.
         """
         device = choose_device(config.device)
+        config = config.sized_for(device.type)
         dtype = choose_dtype(config.dtype, device)
         threads = thread_count(config.threads, device)
         torch.set_num_threads(threads)
@@ -201,11 +202,12 @@ def _device_steps(
 ) -> DeviceSteps:
     """Steps over `pool`, recorded where that is wanted and can be done."""
     from executor_svc.gpu.queue import queue_for
-    from executor_svc.gpu.steps import DeviceSteps, StepLimits
+    from executor_svc.gpu.steps import DeviceSteps, InputsModel, StepLimits
 
     entries = sum(-(-loaded.context_length // group.block_size) for group in pool.geometry.groups)
     limits = StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_seqs * entries)
-    steps = DeviceSteps(loaded.steps, pool, limits, queue_for(loaded.steps.device))
+    model = cast(InputsModel, loaded.steps)  # it reads inputs: whoever calls this has asked
+    steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
     if config.graphs:
         try:
             steps.record(lambda phase, share: progress(phase, 0.85 + 0.15 * share))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ import torch
 class Recording:
     """Work that can be queued again as a whole."""
 
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     output: torch.Tensor  # of the work, where every replay leaves it
 
 
@@ -34,7 +34,7 @@ class Moment(Protocol):
         """Have what is queued from now on run after it."""
         ...
 
-    def seconds_since(self, earlier: Moment) -> float:
+    def seconds_since(self, earlier: Any) -> float:
         """Between two moments that are over, on the device's clock."""
         ...
 
@@ -122,7 +122,7 @@ class _CudaMoment:
     def await_on_device(self) -> None:
         self._event.wait()
 
-    def seconds_since(self, earlier: _CudaMoment) -> float:
+    def seconds_since(self, earlier: Any) -> float:
         return earlier._event.elapsed_time(self._event) / 1e3
 
 
@@ -165,7 +165,7 @@ class _HostMoment:
     def await_on_device(self) -> None:
         """It is over."""
 
-    def seconds_since(self, earlier: _HostMoment) -> float:
+    def seconds_since(self, earlier: Any) -> float:
         return self._at - earlier._at
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -69,7 +70,7 @@ class DeviceSteps:
             with torch.inference_mode(), self.queue.steps():
                 self._buffer(shape).fill(_empty_batch(len(self._pool.geometry.groups)), shape)
                 self._forward(shape)  # compiles and loads what it needs
-                self._recorded[shape] = self.queue.record(lambda shape=shape: self._forward(shape))
+                self._recorded[shape] = self.queue.record(partial(self._forward, shape))
 
     def forget_recorded(self) -> None:
         """Launch every step kernel by kernel again."""
