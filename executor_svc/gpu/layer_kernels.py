@@ -14,7 +14,7 @@ import triton.language as tl
 
 from executor_svc.attention.layout import KeySource
 from executor_svc.gpu.inputs import StepInputs
-from executor_svc.native.parts import counts_from_one
+from executor_svc.decoder_parts import counts_from_one
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _ROUNDS_LAST = ("Olmo2RMSNorm", "Olmo3RMSNorm")  # as those whose weights count from 1 do
