@@ -22,7 +22,18 @@ def tile_of(dim):
     return max(16, triton.next_power_of_2(dim))
 
 
-@triton.jit(do_not_specialize=["rows", "row_starts", "contexts", "tables", "table_starts", "table_offset", "row_count"])
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "rows",
+        "row_starts",
+        "contexts",
+        "tables",
+        "table_starts",
+        "table_offset",
+        "row_count",
+    ]
+)
 def store_kernel(
     key,
     value,
