@@ -234,8 +234,9 @@ def _attend_prompts(
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may have."""
     if device.type != "cuda":
-        return 227 << 10
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+        return LARGE_SHARED_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _strides(heads: torch.Tensor) -> tuple[int, int]:

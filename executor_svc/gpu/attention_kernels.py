@@ -62,28 +62,27 @@ def store_kernel(
 ):
     """Write the key and the value of one token, some of its heads, into its slot."""
     token = tl.program_id(0).to(tl.int64)
-    is_owned = token < tl.load(row_starts + row_count)
-    row = tl.load(rows + token, mask=is_owned, other=0)
-    is_owned = is_owned & (tl.load(contexts + row) > 0)
+    is_in_row = token < tl.load(row_starts + row_count)
+    row = tl.load(rows + token, mask=is_in_row, other=0)
     position = tl.load(positions + token)
     table = tables + tl.load(table_starts + table_offset + row)
-    block = tl.load(table + position // block_size, mask=is_owned, other=0).to(tl.int64)
+    if not (is_in_row & (tl.load(contexts + row) > 0)):
+        return
+    block = tl.load(table + position // block_size).to(tl.int64)
     offset = position % block_size
     head = (tl.program_id(1) * head_tile + tl.arange(0, head_tile)).to(tl.int64)[:, None]
 
     column = tl.arange(0, tile_of(key_dim))[None, :]
-    is_written = is_owned & (head < key_heads) & (column < key_dim)
-    new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_written)
-    slot = block * key_stride + offset
-    tl.store(keys + (slot * key_heads + head) * key_dim + column, new.to(keys.dtype.element_ty), mask=is_written)
+    is_in_head = (head < key_heads) & (column < key_dim)
+    new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_in_head)
+    place = ((block * key_stride + offset) * key_heads + head) * key_dim + column
+    tl.store(keys + place, new.to(keys.dtype.element_ty), mask=is_in_head)
 
     column = tl.arange(0, tile_of(value_dim))[None, :]
-    is_written = is_owned & (head < value_heads) & (column < value_dim)
-    new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_written)
-    slot = block * value_stride + offset
-    tl.store(
-        values + (slot * value_heads + head) * value_dim + column, new.to(values.dtype.element_ty), mask=is_written
-    )
+    is_in_head = (head < value_heads) & (column < value_dim)
+    new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_in_head)
+    place = ((block * value_stride + offset) * value_heads + head) * value_dim + column
+    tl.store(values + place, new.to(values.dtype.element_ty), mask=is_in_head)
 
 
 @triton.jit
@@ -194,10 +193,11 @@ def attend_range(
 @triton.jit
 def split_range(first, end, split, split_limit, least_keys, key_tile: tl.constexpr):
     """The part of the keys [first, end) that a split attends to, and how many splits have any; at least one does."""
-    tiles = tl.cdiv(end - first, key_tile)
-    splits = tl.maximum(tl.minimum(split_limit, tl.cdiv(end - first, least_keys)), 1)
-    tiles_each = tl.cdiv(tiles, splits)
-    used = tl.maximum(tl.cdiv(tiles, tl.maximum(tiles_each, 1)), 1)
+    keys = tl.maximum(end - first, 1)
+    tiles = (keys + key_tile - 1) // key_tile
+    splits = tl.minimum(split_limit, (keys + least_keys - 1) // least_keys)
+    tiles_each = (tiles + splits - 1) // splits
+    used = (tiles + tiles_each - 1) // tiles_each
     begin = first + split * tiles_each * key_tile
     return begin, tl.minimum(begin + tiles_each * key_tile, end), used
 
