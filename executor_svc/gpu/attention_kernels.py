@@ -22,7 +22,7 @@ def tile_of(dim):
     return max(16, triton.next_power_of_2(dim))
 
 
-@triton.jit(do_not_specialize=["rows", "row_starts", "contexts", "tables", "table_starts", "table_offset", "row_count"])
+@triton.jit(do_not_specialize=["rows", "tables", "table_starts", "table_offset"])
 def store_kernel(
     key,
     value,
@@ -30,12 +30,9 @@ def store_kernel(
     values,
     positions,
     rows,
-    row_starts,
-    contexts,
     tables,
     table_starts,
     table_offset,  # of the layer group in `table_starts`
-    row_count,
     key_head_stride,
     key_token_stride,
     value_head_stride,
@@ -51,23 +48,22 @@ def store_kernel(
 ):
     """Write the key and the value of one token, some of its heads, into its slot."""
     token = tl.program_id(0).to(tl.int64)
-    is_owned = token < tl.load(row_starts + row_count)
-    row = tl.load(rows + token, mask=is_owned, other=0)
-    is_owned = is_owned & (tl.load(contexts + row) > 0)
+    row = tl.load(rows + token)
+    is_owned = row >= 0
     position = tl.load(positions + token)
-    table = tables + tl.load(table_starts + table_offset + row)
+    table = tables + tl.load(table_starts + table_offset + row, mask=is_owned, other=0)
     block = tl.load(table + position // block_size, mask=is_owned, other=0).to(tl.int64)
     offset = position % block_size
     head = (tl.program_id(1) * head_tile + tl.arange(0, head_tile)).to(tl.int64)[:, None]
 
     column = tl.arange(0, tile_of(key_dim))[None, :]
-    is_written = is_owned & (head < key_heads) & (column < key_dim)
+    is_written = (head < tl.where(is_owned, key_heads, 0)) & (column < key_dim)
     new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_written)
     slot = block * key_stride + offset
     tl.store(keys + (slot * key_heads + head) * key_dim + column, new.to(keys.dtype.element_ty), mask=is_written)
 
     column = tl.arange(0, tile_of(value_dim))[None, :]
-    is_written = is_owned & (head < value_heads) & (column < value_dim)
+    is_written = (head < tl.where(is_owned, value_heads, 0)) & (column < value_dim)
     new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_written)
     slot = block * value_stride + offset
     tl.store(
