@@ -14,7 +14,7 @@ import triton.language as tl
 
 from executor_svc.attention.layout import KeySource
 from executor_svc.gpu.inputs import StepInputs
-from executor_svc.native.parts import counts_from_one
+from executor_svc.decoder_parts import counts_from_one
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _ROUNDS_LAST = ("Olmo2RMSNorm", "Olmo3RMSNorm")  # as those whose weights count from 1 do
@@ -97,8 +97,6 @@ def rotate_and_store(
         norms[0].epsilon if norms else 0.0,
         inputs.positions,
         inputs.rows,
-        inputs.row_starts,
-        inputs.contexts,
         inputs.tables,
         inputs.table_starts,
         inputs.row_count,
@@ -238,8 +236,6 @@ def _rotate_and_store_kernel(
     epsilon,
     positions,
     rows,
-    row_starts,
-    contexts,
     tables,
     table_starts,
     row_count,
@@ -266,10 +262,9 @@ def _rotate_and_store_kernel(
     is_in = (head < query_heads + 2 * key_heads)[:, None] & (column < dim)[None, :]
     dtype: tl.constexpr = qkv.dtype.element_ty
 
-    is_kept = token < tl.load(row_starts + row_count)
-    row = tl.load(rows + token, mask=is_kept, other=0)
-    is_kept = is_kept & (tl.load(contexts + row) > 0)
-    position = tl.load(positions + token, mask=is_kept, other=0)
+    row = tl.load(rows + token)
+    is_kept = row >= 0
+    position = tl.load(positions + token)
 
     half: tl.constexpr = rotated // 2
     is_rotated = column < rotated
@@ -296,7 +291,7 @@ def _rotate_and_store_kernel(
 
     place = (token * query_heads + head)[:, None] * dim + column[None, :]
     tl.store(query + place, result, mask=is_in & is_query[:, None])
-    start = tl.load(table_starts + group * row_count + row)
+    start = tl.load(table_starts + group * row_count + row, mask=is_kept, other=0)
     block = tl.load(tables + start + position // block_size, mask=is_kept, other=0).to(tl.int64)
     offset = position % block_size
     kept_heads = tl.where(is_kept, key_heads, 0)
