@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 _TILE = 4096  # tokens of one part
+# Tensors that begin anywhere in memory: kernels must not be compiled anew because of it.
+_GIVEN = ["chosen", "finite", "temperatures", "top_ks", "top_ps", "min_ps", "keys"]
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = tl.constexpr(0x94D049BB133111EB)
@@ -28,7 +30,7 @@ _GUESSES = tl.constexpr((0x3F800000, 0x40800000, 0x41800000))  # bits of 1, 4 an
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SamplingInputs:
+class SamplingParameters:
     """How each of the S rows chooses its token, as `executor_svc.batch.SamplingBatch` has it, on the device."""
 
     temperature: torch.Tensor  # [S] float32, 0 is greedy
@@ -39,7 +41,12 @@ class SamplingInputs:
 
 
 def sample_rows(
-    logits: torch.Tensor, inputs: SamplingInputs, chosen: torch.Tensor, finite: torch.Tensor, *, draws: bool = True
+    logits: torch.Tensor,
+    parameters: SamplingParameters,
+    chosen: torch.Tensor,
+    finite: torch.Tensor,
+    *,
+    draws: bool = True,
 ) -> None:
     """Write the token of each row of `logits`, `[S, vocabulary]`, to `chosen`, `[S]` int64.
 
@@ -49,47 +56,60 @@ def sample_rows(
     row_count, vocabulary_size = logits.shape
     part_count = triton.cdiv(vocabulary_size, _TILE)
     padded_count = triton.next_power_of_2(part_count)
-    scores = torch.empty(2, row_count, part_count, dtype=torch.float32, device=logits.device)
+    part_highest = torch.empty(row_count, part_count, dtype=torch.float32, device=logits.device)
+    speeds = torch.empty_like(part_highest)
     tokens = torch.empty(row_count, part_count, dtype=torch.int32, device=logits.device)
     highest = torch.empty(row_count, dtype=torch.float32, device=logits.device)
     bounds = torch.empty(row_count, dtype=torch.int32, device=logits.device)
     shape = (logits.stride(0), vocabulary_size, part_count)
-    _find_likeliest[(row_count, part_count)](logits, scores[0], tokens, *shape, tile=_TILE, num_warps=8)
+    _find_likeliest[(row_count, part_count)](
+        logits, part_highest, tokens, *shape, tile=_TILE, num_warps=8, enable_fp_fusion=True
+    )
     _bound_draws[(row_count,)](
         logits,
-        scores[0],
+        part_highest,
         tokens,
         highest,
         bounds,
         chosen,
         finite,
-        inputs.temperature,
-        inputs.top_k,
-        inputs.top_p,
+        parameters.temperature,
+        parameters.top_k,
+        parameters.top_p,
         2.0 ** (62 - vocabulary_size.bit_length()),
         *shape,
         tile=_TILE,
         padded_count=padded_count,
         num_warps=16,
+        enable_fp_fusion=True,
     )
     if not draws:
         return
     _race[(row_count, part_count)](
         logits,
-        scores[0],
-        scores[1],
+        part_highest,
+        speeds,
         tokens,
         highest,
         bounds,
-        inputs.temperature,
-        inputs.min_p,
-        inputs.key,
+        parameters.temperature,
+        parameters.min_p,
+        parameters.key,
         *shape,
         tile=_TILE,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     _take_winner[(row_count,)](
-        scores[1], tokens, bounds, chosen, vocabulary_size, part_count, padded_count=padded_count, num_warps=1
+        speeds,
+        tokens,
+        bounds,
+        chosen,
+        vocabulary_size,
+        part_count,
+        padded_count=padded_count,
+        num_warps=1,
+        enable_fp_fusion=True,
     )
 
 
@@ -113,7 +133,7 @@ def _find_likeliest(
     tl.store(part_tokens + row * part_count + part, tl.min(tl.where(logit == highest, token, vocabulary_size), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GIVEN)
 def _bound_draws(
     logits,
     part_highest,
@@ -232,7 +252,7 @@ def _weight_within(
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GIVEN)
 def _race(
     logits,
     part_highest,
@@ -271,7 +291,7 @@ def _race(
             tl.store(part_tokens + place, tl.min(tl.where(speed == fastest, token, vocabulary_size), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GIVEN)
 def _take_winner(
     part_speeds,
     part_tokens,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from executor_svc import sampler
 from executor_svc.batch import SamplingBatch
 from executor_svc.gpu import sampling
-from executor_svc.gpu.sampling import SamplingInputs, sample_rows
+from executor_svc.gpu.sampling import SamplingParameters, sample_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {"temperature": np.float32, "top_k": np.int64, "top_p": np.float32, "min_p": np.float32, "seed": np.uint64}
@@ -27,11 +27,11 @@ def batch(count: int, **columns) -> SamplingBatch:
     return SamplingBatch(row_index=np.arange(count), choice=zeros, output_index=zeros, **filled)
 
 
-def on_device(rows: SamplingBatch) -> SamplingInputs:
+def on_device(rows: SamplingBatch) -> SamplingParameters:
     def column(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(values).to(DEVICE, dtype)
 
-    return SamplingInputs(
+    return SamplingParameters(
         temperature=column(rows.temperature, torch.float32),
         top_k=column(rows.top_k, torch.int32),
         top_p=column(rows.top_p, torch.float32),
