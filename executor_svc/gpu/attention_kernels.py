@@ -22,18 +22,7 @@ def tile_of(dim):
     return max(16, triton.next_power_of_2(dim))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "positions",
-        "rows",
-        "row_starts",
-        "contexts",
-        "tables",
-        "table_starts",
-        "table_offset",
-        "row_count",
-    ]
-)
+@triton.jit(do_not_specialize=["positions", "rows", "tables", "table_starts", "table_offset"])
 def store_kernel(
     key,
     value,
@@ -41,12 +30,9 @@ def store_kernel(
     values,
     positions,
     rows,
-    row_starts,
-    contexts,
     tables,
     table_starts,
     table_offset,  # of the layer group in `table_starts`
-    row_count,
     key_head_stride,
     key_token_stride,
     value_head_stride,
@@ -62,12 +48,11 @@ def store_kernel(
 ):
     """Write the key and the value of one token, some of its heads, into its slot."""
     token = tl.program_id(0).to(tl.int64)
-    is_in_row = token < tl.load(row_starts + row_count)
-    row = tl.load(rows + token, mask=is_in_row, other=0)
+    row = tl.load(rows + token)
     position = tl.load(positions + token)
-    table = tables + tl.load(table_starts + table_offset + row)
-    if not (is_in_row & (tl.load(contexts + row) > 0)):
+    if row < 0:
         return
+    table = tables + tl.load(table_starts + table_offset + row)
     block = tl.load(table + position // block_size).to(tl.int64)
     offset = position % block_size
     head = (tl.program_id(1) * head_tile + tl.arange(0, head_tile)).to(tl.int64)[:, None]

@@ -102,7 +102,7 @@ class Pool:
             inputs,
             token_ids=torch.nn.functional.pad(inputs.token_ids, token_padding),
             positions=torch.nn.functional.pad(inputs.positions, token_padding, value=3),
-            rows=torch.cat([inputs.rows, len(self.contexts) + torch.arange(token_padding[1], device=DEVICE)]).int(),
+            rows=torch.nn.functional.pad(inputs.rows, token_padding, value=-1),
             row_starts=torch.cat([inputs.row_starts, ends.int()]),
             contexts=torch.nn.functional.pad(inputs.contexts, (0, case.padding_rows)),
             table_starts=torch.nn.functional.pad(inputs.table_starts, (0, case.padding_rows)),
