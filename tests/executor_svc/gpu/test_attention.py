@@ -157,6 +157,7 @@ CASES = {
     "chunks": Case(visibility=CHUNKS),
     "chunks of decodes": replace(DECODES, visibility=Visibility(chunk=24)),
     "softcap": Case(softcap=0.7),
+    "softcap far above the scores": Case(softcap=100.0),
     "sinks": Case(has_sinks=True),
     "softcap, sinks and window": Case(softcap=0.7, has_sinks=True, visibility=WINDOW),
     "softcap, sinks and decodes": replace(DECODES, softcap=0.7, has_sinks=True),
