@@ -123,8 +123,8 @@ class TorchRunner:
             else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         )
         pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
-        again = _within(progress, 0.87, 1.0)
-        device_steps = _device_steps(loaded, pool, config, again) if loaded.steps.reads_inputs else None
+        told = _within(progress, 0.87, 1.0)
+        device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # steps run on a stream of their own, which waits for nothing of this
         trim()
