@@ -80,21 +80,23 @@ def load_model(
     kept: Checks | None = None,
     progress: Progress = lambda _phase, _share: None,
     weights: str = "",
+    rank_count: int = 1,
 ) -> LoadedModel:
     """Load the serving folder at `path` and prove that its steps compute what the model computes.
 
     With `native_threads` they run in C++ where the machine and the model allow it, else in torch; with `weights` int8,
-    which are rounded so first, in C++ or not at all. What `kept` says of an earlier start is not tested again.
+    which are rounded so first, in C++ or not at all. What `kept` says of an earlier start is not tested again. Of a
+    model that `rank_count` ranks share this loads the part of one; all of them have to load it at once.
 
     Raises:
         ModelError: the folder, the model or `max_model_len` is not fit to serve.
     """
     progress("reading the configuration", 0.0)
     folder = open_folder(path)
-    config = _load_config(folder.path)
+    config = load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
 
-    files = _ModelFiles(folder.path, config, device, dtype, weights)
+    files = _ModelFiles(folder.path, config, device, dtype, weights, rank_count)
     steps, failed_native = _Start(files, backend, context_length, kept, progress).steps(native_threads)
     return LoadedModel(
         steps=steps,
@@ -117,6 +119,7 @@ class _ModelFiles:
     device: torch.device
     dtype: torch.dtype  # in which it is served
     weights: str  # as which its matrices are; empty: that type
+    rank_count: int = 1  # of processes that share it
 
     @property
     def class_name(self) -> str:
@@ -169,6 +172,7 @@ class _ModelFiles:
                     attn_implementation="eager",  # the oracle of the self-test
                     local_files_only=True,
                     trust_remote_code=False,
+                    **_shared_by(self.rank_count),
                 )
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -176,6 +180,15 @@ class _ModelFiles:
                 f"the weights in '{self.path}' cannot be loaded: {reason}; "
                 "make the folder again with `paceline prepare`"
             ) from error
+
+
+def _shared_by(rank_count: int) -> dict[str, Any]:
+    """What `from_pretrained` is told so that each of the ranks loads its part, by transformers' own plan."""
+    if rank_count == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=rank_count, tp_plan="auto")}
 
 
 def choose_device(name: str) -> torch.device:
@@ -240,7 +253,8 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def _load_config(path: Path) -> Any:
+def load_config(path: Path) -> Any:
+    """The configuration of the model in a folder. Raises `ModelError` where nothing here could run it."""
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

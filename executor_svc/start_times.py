@@ -15,6 +15,7 @@ Progress = Callable[[str, float], None]
 
 _FIELDS = {  # what a phase is called while it lasts -> in the log
     "importing": "imports_s",
+    "starting the ranks": "ranks_s",
     "reading the configuration": "configuration_s",
     "building steps in C++": "build_s",
     "loading the weights": "weights_s",

@@ -25,6 +25,7 @@ from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dt
 from executor_svc.native.build import library_key, processor
 from executor_svc.native.model import NativeDecoder, NativeRun
 from executor_svc.pool_geometry import PoolGeometry
+from executor_svc.ranks.group import RankGroup
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
 from executor_svc.start_times import Progress
@@ -61,10 +62,11 @@ class TorchRunner:
         )
 
     @classmethod
-    def load(cls, config: ExecutorConfig, progress: Progress) -> TorchRunner:
+    def load(cls, config: ExecutorConfig, progress: Progress, group: RankGroup | None = None) -> TorchRunner:
         """Load the model, test it, measure what memory is left and make the cache of it.
 
-        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
+        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1. With a `group` this
+        process has one rank's part of the model, and every rank does the same at once.
 
         Raises:
             ModelError: the model or the settings cannot be served; the message says what to change.
@@ -86,6 +88,7 @@ class TorchRunner:
             kept,
             progress,
             config.weights,
+            group.size if group else 1,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
         step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
@@ -93,7 +96,10 @@ class TorchRunner:
         traits = loaded.steps.traits
         geometry = traits.geometry(config.block_size)
         budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization, available, step_bytes)
-        pool = PagedPool(geometry, _block_count(loaded, geometry, config, budget), traits.cache_dtype, device)
+        block_count = _block_count(loaded, geometry, config, budget)
+        if group:
+            block_count = group.least(block_count)  # a block is in the caches of all ranks
+        pool = PagedPool(geometry, block_count, traits.cache_dtype, device)
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config)
