@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 RANK_COMMAND = (sys.executable, "-m", "executor_svc.ranks")
 _TICK_S = 0.1
+_ENDING_S = 5.0
 _ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +35,7 @@ class RanksError(RuntimeError):
 class Limits:
     """How long rank 0 waits for the others."""
 
-    step_s: float = 60.0
+    step_s: float = 300.0
     """Until a step has ended somewhere. The scheduler gives a stuck executor up long before, but may be gone."""
 
     lag_s: float = 10.0
@@ -141,17 +142,21 @@ class Ranks:
         """End all ranks and this process; raises `RanksError` where the process stays, in a test."""
         if not self._is_over.is_set():
             log.error("the executor ends, as its ranks do not work together any more", reason=reason)
-        self.close()
+        self._kill()
         self._end(1)
         raise RanksError(f"the ranks do not work together any more: {reason}; start this executor again")
 
     def close(self) -> None:
         """End the other ranks."""
+        self._kill()
+        for other in self._others:
+            with suppress(subprocess.TimeoutExpired):  # a device may keep it for longer
+                other.process.wait(_ENDING_S)
+
+    def _kill(self) -> None:
         self._is_over.set()
         for other in self._others:
             other.process.kill()
-        for other in self._others:
-            other.process.wait()
 
     def _answer(self, other: _Other, number: int) -> str:
         """What it says of an order; answers before that are of steps that nobody asks for any more."""
@@ -173,10 +178,11 @@ class Ranks:
             started.set_exception(error)
             return
         started.set_result(None)
-        try:
-            self._watch()
-        except RanksError:  # the process stays: whoever asks next is told
-            return
+        with suppress(RanksError):  # the process stays: whoever asks next is told
+            try:
+                self._watch()
+            except (EOFError, OSError) as error:
+                self.fail(f"their lines are broken ({describe(error)})")
 
     def _watch(self) -> None:
         """Look at the others until they are to end.
