@@ -15,6 +15,7 @@ from executor_svc.config import ExecutorConfig, SettingsError, check_settings
         ({"attention": "fast"}, "attention must be 'auto', .*, got 'fast'"),
         ({"threads": -1}, "threads must be 0"),
         ({"weights": "int4"}, "weights must be 'int8', or left out .*, got 'int4'"),
+        ({"tensor_parallel": 0}, "tensor parallel must be 1 .* got 0"),
         ({"tensor_parallel": 2, "weights": "int8"}, "int8 weights are for steps in C.* but tensor parallel is 2"),
         ({"memory_utilization": 1.5}, "memory utilization must be"),
     ],

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import fields
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from executor_svc.batch import NO_BLOCK, Failed, StepBatch
 from executor_svc.config import ExecutorConfig
 from executor_svc.model import ModelError
 from executor_svc.ranks import group as group_module
-from executor_svc.ranks.messages import Kind, Order, Orders
+from executor_svc.ranks.follower import Follower
+from executor_svc.ranks.messages import Kind, Order, Orders, read_answer
 from executor_svc.ranks.processes import Limits, Ranks, RanksError
 from executor_svc.ranks.runner import RankedRunner
 from executor_svc.torch_runner import StepError, TorchRunner
@@ -308,6 +310,48 @@ def ignores(process_id: int, number: int) -> bool:
     lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     (mask,) = (line.split()[1] for line in lines if line.startswith("SigIgn"))
     return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+class SlowSteps:
+    """A runner whose steps end when they may; it notes what it does."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.may_end = threading.Event()
+
+    def launch(self, batch: StepBatch) -> "SlowSteps":
+        self.did.append("begins")
+        return self
+
+    def result(self) -> None:
+        assert self.may_end.wait(60)
+        self.did.append("ends")
+
+    def copy_blocks(self, sources, destinations) -> None:
+        self.did.append("copies")
+        raise ValueError("nothing there")
+
+
+def test_a_rank_begins_steps_ahead_and_answers_each_at_its_end():
+    """Its device goes on by itself as that of rank 0 does, or rank 0 would wait for it in every step."""
+    ours, theirs = Pipe()
+    runner = SlowSteps()
+    follower = Follower(runner, theirs, torch.device("cpu"))
+    first, second, _ = batches()
+    follower.obey(Order(1, Kind.STEP, first))
+    follower.obey(Order(2, Kind.STEP, second))
+
+    assert runner.did == ["begins", "begins"]
+    assert not ours.poll()
+    copying = Order(3, Kind.COPY, sources=np.array([1]), destinations=np.array([2]))
+    obeying = threading.Thread(target=follower.obey, args=(copying,))
+    obeying.start()
+    runner.may_end.set()
+    obeying.join()
+
+    assert runner.did == ["begins", "begins", "ends", "ends", "copies"]
+    answers = [read_answer(ours.recv_bytes()) for _ in range(3)]
+    assert answers == [(1, ""), (2, ""), (3, "ValueError: nothing there")]
 
 
 class NotedEnd(Ranks):
