@@ -88,6 +88,7 @@ class Ranks:
         self._is_over = threading.Event()
         self._lock = threading.Lock()
         self._waits: list[_Wait] = []
+        self._heard_count = 0  # answers
         started: Future[None] = Future()
         # On Linux a process can end with the thread that started it: so the one that watches them does.
         watching = threading.Thread(target=self._start_and_watch, args=(count, command, started), daemon=True)
@@ -163,10 +164,13 @@ class Ranks:
         try:
             while True:
                 answered, how = read_answer(other.connection.recv_bytes())
+                self._heard_count += 1
                 if answered == number:
                     return how
         except (EOFError, OSError):
-            self.fail(f"rank {other.rank} is gone")
+            with suppress(subprocess.TimeoutExpired):  # its line ends a moment before it does
+                other.process.wait(1.0)
+            self.fail(f"rank {other.rank} ended with {other.how_it_ended or 'its line closed'}")
             raise
 
     def _start_and_watch(self, count: int, command: Sequence[str], started: Future[None]) -> None:
@@ -189,7 +193,7 @@ class Ranks:
 
         Time counts only while this process runs: it may be suspended, and must not take that for others' silence.
         """
-        unheard_s = 0.0  # for which an answer has been there, and this rank has not come to hear it
+        unheard_s, heard_count = 0.0, 0  # since when answers are there and this rank comes to hear none of them
         while not self._is_over.wait(_TICK_S):
             for other in self._others:
                 if other.how_it_ended and not self._is_over.is_set():
@@ -199,13 +203,16 @@ class Ranks:
                     wait.waited_s += _TICK_S
                 late = [wait for wait in self._waits if wait.waited_s > wait.limit_s]
                 is_unheard = bool(self._waits) and any(other.connection.poll() for other in self._others)
-            unheard_s = unheard_s + _TICK_S if is_unheard else 0.0
             if late:
                 self.fail(f"{late[0].so_far} after {late[0].limit_s:g} s")
+            unheard_s = unheard_s + _TICK_S if is_unheard and heard_count == self._heard_count else 0.0
+            heard_count = self._heard_count
             if unheard_s > self._limits.lag_s:
-                self.fail(f"rank 0 is not through with a step {self._limits.lag_s:g} s after others ({self._heard()})")
+                self.fail(
+                    f"rank 0 is not through with a step {self._limits.lag_s:g} s after others ({self._unheard()})"
+                )
 
-    def _heard(self) -> str:
+    def _unheard(self) -> str:
         """What the others have to say before all is ended."""
         answers = [(o.rank, read_answer(o.connection.recv_bytes())[1]) for o in self._others if o.connection.poll()]
         return "; ".join(f"rank {rank}: {how or 'done'}" for rank, how in answers)

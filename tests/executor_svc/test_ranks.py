@@ -167,8 +167,9 @@ does = facts["does"][facts["rank"] - 1]
 if does == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if does.startswith("answer"):
-    error = {"answer": None, "answer ValueError": ValueError("no"), "answer KeyError": KeyError("no")}[does]
-    connection.send_bytes(write_answer(1, error))
+    errors = {"answer ValueError": ValueError("no"), "answer KeyError": KeyError("no")}
+    for number in range(1, 1001 if does == "answer all" else 2):
+        connection.send_bytes(write_answer(number, errors.get(does)))
 time.sleep(600)
 """
 
@@ -248,6 +249,20 @@ def test_a_rank_that_is_through_alone_ends_all_of_them(fake_ranks):
         assert ranks.has_ended.wait(60)
 
     assert ranks.exit_codes == [1]
+
+
+def test_others_may_be_ahead_for_as_long_as_they_like(fake_ranks):
+    """Rank 0 has more to do than they have; it only must not stand still."""
+    ranks = fake_ranks("answer all", limits=Limits(step_s=60, lag_s=1))
+    number = 0
+    until_when = time.monotonic() + 1.5
+    while time.monotonic() < until_when and number < 1000:
+        number += 1
+        with ranks.waiting():
+            time.sleep(0.01)
+        ranks.agree(number, None)
+
+    assert ranks.exit_codes == []
 
 
 def test_time_passes_only_while_something_is_waited_for(fake_ranks):
