@@ -29,6 +29,7 @@ from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dt
 from executor_svc.native.build import library_key, processor
 from executor_svc.native.model import NativeDecoder, NativeRun
 from executor_svc.pool_geometry import PoolGeometry
+from executor_svc.ranks.group import RankGroup
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
 from executor_svc.sizing import (
@@ -76,10 +77,11 @@ class TorchRunner:
         )
 
     @classmethod
-    def load(cls, config: ExecutorConfig, progress: Progress) -> TorchRunner:
+    def load(cls, config: ExecutorConfig, progress: Progress, group: RankGroup | None = None) -> TorchRunner:
         """Load the model, test it, measure what memory is left and make the cache of it.
 
-        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
+        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1. With a `group` this
+        process has one rank's part of the model, and every rank does the same at once.
 
         Raises:
             ModelError: the model or the settings cannot be served; the message says what to change.
@@ -107,6 +109,7 @@ class TorchRunner:
             config.weights,
             paged,
             config.native,
+            group.size if group else 1,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
         step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
@@ -122,7 +125,10 @@ class TorchRunner:
             if device.type == "cpu"
             else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         )
-        pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
+        count = block_count(loaded, geometry, config, budget)
+        if group:
+            count = group.least(count)  # a block is in the caches of all ranks
+        pool = _pool(loaded, geometry, count)
         told = _within(progress, 0.87, 1.0)
         device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
         if device.type == "cuda":
