@@ -29,6 +29,7 @@ from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dt
 from executor_svc.native.build import library_key, processor
 from executor_svc.native.model import NativeDecoder, NativeRun
 from executor_svc.pool_geometry import PoolGeometry
+from executor_svc.ranks.group import RankGroup
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
 from executor_svc.sizing import (
@@ -45,6 +46,8 @@ if TYPE_CHECKING:  # kernels need Triton, which a CPU can do without
     from executor_svc.gpu.steps import DeviceSteps
 
 log = structlog.get_logger()
+
+_LEAST_CAPABILITY = (8, 0)
 
 __all__ = ["StepError", "TorchRunner", "thread_count"]
 
@@ -74,10 +77,11 @@ class TorchRunner:
         )
 
     @classmethod
-    def load(cls, config: ExecutorConfig, progress: Progress) -> TorchRunner:
+    def load(cls, config: ExecutorConfig, progress: Progress, group: RankGroup | None = None) -> TorchRunner:
         """Load the model, test it, measure what memory is left and make the cache of it.
 
-        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
+        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1. With a `group` this
+        process has one rank's part of the model, and every rank does the same at once.
 
         Raises:
             ModelError: the model or the settings cannot be served; the message says what to change.
@@ -105,20 +109,25 @@ class TorchRunner:
             config.weights,
             paged,
             config.native,
+            group.size if group else 1,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
-        step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
-        geometry = loaded.steps.traits.geometry(config.block_size)
-        if loaded.steps.reads_inputs:
-            step_bytes += bytes_kept_by(device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config))
-        progress("making the cache", 0.8)
+        step_bytes = _step_bytes(loaded, config, kept, check_file, progress) + _recorded_bytes(loaded, config, progress)
+        progress("making the cache", 0.85)
         budget = config.cache_memory_bytes or (
             host_cache_budget(available, step_bytes)
             if device.type == "cpu"
             else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         )
-        pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
-        device_steps = _device_steps(loaded, pool, config, progress) if loaded.steps.reads_inputs else None
+        geometry = loaded.steps.traits.geometry(config.block_size)
+        count = block_count(loaded, geometry, config, budget)
+        if group:
+            count = group.least(count)  # a block is in the caches of all ranks
+        pool = _pool(loaded, geometry, count)
+        told = _within(progress, 0.87, 1.0)
+        device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # steps run on a stream of their own, which waits for nothing of this
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
@@ -178,7 +187,9 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
     """The attention that reads block tables on the device; None: it is left to torch. Raises `ModelError`."""
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return None
-    if device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    if device.type == "cuda":
+        _check_capability(name, device)
+    elif not os.environ.get("TRITON_INTERPRET"):
         raise ModelError(
             f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
             "TRITON_INTERPRET=1 to try kernels out very slowly"
@@ -193,13 +204,39 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
     return TritonAttention(device)
 
 
+def _check_capability(name: str, device: torch.device) -> None:
+    if torch.version.hip:
+        log.warning("kernels have never been run on a GPU of this kind; --attention torch does without them", rocm=True)
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise ModelError(
+            f"attention '{name}' needs compute capability 8.0 (Ampere) or later and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; choose --attention torch"
+        )
+
+
+def _recorded_bytes(loaded: LoadedModel, config: ExecutorConfig, progress: Progress) -> int:
+    """What recorded steps take on a GPU beside the memory of those that are launched: found over a cache of one block.
+
+    What kernels take once they are compiled and loaded, which the first start does here, stays taken and is not in it.
+    """
+    if not loaded.steps.reads_inputs:
+        return 0
+    told, trial = _within(progress, 0.72, 0.85), _pool(loaded, loaded.steps.traits.geometry(config.block_size), 1)
+    return bytes_kept_by(loaded.steps.device, lambda: _device_steps(loaded, trial, config, told))
+
+
+def _within(progress: Progress, start: float, end: float) -> Progress:
+    """Tell `progress` of a part of the whole, from `start` to `end`."""
+    return lambda phase, share: progress(phase, start + (end - start) * share)
+
+
 def _pool(loaded: LoadedModel, geometry: PoolGeometry, count: int) -> PagedPool:
     return PagedPool(geometry, count, loaded.steps.traits.cache_dtype, loaded.steps.device)
 
 
-def _device_steps(
-    loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress = lambda _phase, _share: None
-) -> DeviceSteps:
+def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress) -> DeviceSteps:
     """Steps over `pool`, recorded where that is wanted and can be done."""
     from executor_svc.gpu.queue import queue_for
     from executor_svc.gpu.steps import DeviceSteps, InputsModel, StepLimits
@@ -210,7 +247,7 @@ def _device_steps(
     steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
     if config.graphs:
         try:
-            steps.record(lambda phase, share: progress(phase, 0.85 + 0.15 * share))
+            steps.record(progress)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
@@ -248,6 +285,8 @@ def _check_file(
             "device": device.type,
             "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
             "native_library": library_key() if threads[1] else "",
+            "attention": config.attention,
+            "native": config.native,
             "threads": list(threads),
             "max_model_len": config.max_model_len,
             "block_size": config.block_size,
