@@ -109,6 +109,11 @@ class StepOutput:
     token_ids: IntArray  # [S] one for each sampling row
     forward_s: float  # the forward pass
     sample_s: float  # sampling, and fetching the tokens
+    gap_s: float | None = None  # for which the device did nothing since the step before, where it can tell
+
+
+class StepError(RuntimeError):
+    """A step computed something that must not be used; the message names the slots."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """What an operator can set on an executor."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 WEIGHTS = ("", "int8")
 ATTENTION = ("auto", "torch", "triton", "flashinfer")
@@ -74,12 +76,12 @@ class ExecutorConfig:
     max_model_len: int = 0
     """Tokens of prompt and output together that one request may have. 0: what the model was made for."""
 
-    max_num_seqs: int = 64
-    """Requests that may run at once."""
+    max_num_seqs: int = 0
+    """Requests that may run at once. 0: 64 on a CPU, 256 on a GPU."""
 
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 0
     """Tokens that one step may compute, at least `max_num_seqs`. Larger steps read prompts faster and make
-    everybody else's next token wait longer."""
+    everybody else's next token wait longer. 0: 512 on a CPU, 2048 on a GPU, and never fewer than there are requests."""
 
     drain_timeout_s: float = 30.0
     """How long running requests may still finish here after a stop signal, before they resume elsewhere."""
@@ -102,6 +104,12 @@ class ExecutorConfig:
     fake_deadly_token: int = -1
     """`--model fake`: the process ends, without a word, in a step that computes this token. -1: none does that."""
 
+    def sized_for(self, device_type: str) -> ExecutorConfig:
+        """The same with the limits that are left to the type of device, `cpu` or `cuda`, filled in."""
+        seqs, tokens = (256, 2048) if device_type == "cuda" else (64, 512)
+        seqs = self.max_num_seqs or seqs
+        return replace(self, max_num_seqs=seqs, max_num_batched_tokens=self.max_num_batched_tokens or max(tokens, seqs))
+
 
 class SettingsError(ValueError):
     """Settings out of range, or that contradict each other; the message says what to change."""
@@ -112,9 +120,9 @@ def check_settings(config: ExecutorConfig) -> None:
     size = config.block_size
     if size < 1 or size & (size - 1):
         raise SettingsError(f"block size must be a power of two, got {size}")
-    if not 1 <= config.max_num_seqs <= 65535:
-        raise SettingsError(f"max num seqs must be 1 to 65535, got {config.max_num_seqs}")
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    if not 0 <= config.max_num_seqs <= 65535:
+        raise SettingsError(f"max num seqs must be 1 to 65535, or 0 to suit the device, got {config.max_num_seqs}")
+    if config.max_num_batched_tokens and config.max_num_batched_tokens < config.max_num_seqs:
         raise SettingsError(
             f"max num batched tokens is {config.max_num_batched_tokens} but max num seqs is {config.max_num_seqs}, "
             f"and every running request needs a token in each step; raise the one or lower the other"

@@ -39,6 +39,7 @@ class Begun:
     batch: StepBatch  # of the rows that compute
     launched: Launched
     prepare_s: float = 0.0  # in which the device had nothing else to do
+    gap_s: float | None = None  # in which it did nothing since the step before, once it has ended and can tell
 
     @property
     def keeps_tokens(self) -> bool:
@@ -307,6 +308,7 @@ class Executor:
         sampled = batch.sampling.row_index
         computed.token_ids[batch.slots[sampled]] = np.where(goes_on[sampled], output.token_ids, -1)
         computed.forward_s, computed.sample_s = output.forward_s, output.sample_s
+        begun.gap_s = output.gap_s
         return computed
 
     def _spoil(self) -> None:

@@ -28,6 +28,7 @@ class FakeRunner:
 
     def __init__(self, config: ExecutorConfig, layer_groups: Sequence[LayerGroup] = ()) -> None:
         """Make an empty cache of `config.fake_block_count` blocks; the layers see everything unless told otherwise."""
+        config = config.sized_for("cpu")
         groups = tuple(layer_groups) or (LayerGroup(config.block_size),)
         tokens_per_block = max(group.block_size for group in groups)
         self._step_s = config.fake_step_us / 1e6

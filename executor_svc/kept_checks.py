@@ -26,13 +26,13 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 class Checks:
     """The results of a start at which the model passed; what failed is never kept, and tried again."""
 
-    mode: str  # whose steps passed the self-test: native or packed
+    mode: str  # whose steps passed the self-test: native, fused or packed
     largest_step_bytes: int  # memory that the largest step took at its peak, beside the weights
     made_at: str  # date and time, UTC
 
     def __post_init__(self) -> None:
         """Refuse what no start can have found out. Raises `ValueError`."""
-        if self.mode not in ("native", "packed") or not isinstance(self.made_at, str):
+        if self.mode not in ("native", "fused", "packed") or not isinstance(self.made_at, str):
             raise ValueError(f"not the results of a start: {self}")
         if type(self.largest_step_bytes) is not int or self.largest_step_bytes < 0:
             raise ValueError(f"the largest step cannot have taken {self.largest_step_bytes!r} bytes")

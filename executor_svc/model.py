@@ -16,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 from common.serving_folder import ServingFolder, ServingFolderError, weight_names
 from executor_svc.attention.backend import AttentionBackend
 from executor_svc.attention.hook import ATTENTION_NAME
+from executor_svc.decoder_parts import UnknownPartsError
+from executor_svc.gpu.packed_step import PagedAttention
 from executor_svc.kept_checks import Checks
 from executor_svc.memory import forget
 from executor_svc.native.build import NativeUnavailableError
@@ -52,8 +54,8 @@ class LoadedModel:
 
     @property
     def mode(self) -> str:
-        """How steps run: `native` or `packed`."""
-        return "native" if isinstance(self.steps, NativeDecoder) else "packed"
+        """How steps run: `native` in C++, `fused` in kernels of our own, `packed` in the model's own modules."""
+        return self.steps.mode
 
     @property
     def type_name(self) -> str:
@@ -80,11 +82,15 @@ def load_model(
     kept: Checks | None = None,
     progress: Progress = lambda _phase, _share: None,
     weights: str = "",
+    paged: PagedAttention | None = None,
+    fuses: bool = False,
 ) -> LoadedModel:
     """Load the serving folder at `path` and prove that its steps compute what the model computes.
 
     With `native_threads` they run in C++ where the machine and the model allow it, else in torch; with `weights` int8,
-    which are rounded so first, in C++ or not at all. What `kept` says of an earlier start is not tested again.
+    which are rounded so first, in C++ or not at all. With `paged` attention steps read what they need on the device,
+    where `fuses` says so as fused kernels if the model allows it. What `kept` says of an earlier start is not tested
+    again.
 
     Raises:
         ModelError: the folder, the model or `max_model_len` is not fit to serve.
@@ -95,7 +101,7 @@ def load_model(
     context_length = context_length_of(config.get_text_config(), max_model_len)
 
     files = _ModelFiles(folder.path, config, device, dtype, weights)
-    steps, failed_native = _Start(files, backend, context_length, kept, progress).steps(native_threads)
+    steps, failed_native = _Start(files, backend, context_length, kept, progress, paged, fuses).steps(native_threads)
     return LoadedModel(
         steps=steps,
         model_name=folder.model_name,
@@ -123,8 +129,8 @@ class _ModelFiles:
         return AutoModelForCausalLM._model_mapping[type(self.config)].__name__
 
     def load(self) -> Any:
-        """The model as transformers runs it."""
-        return self._load(self.dtype).to(self.device).eval()
+        """The model as transformers runs it, on the device straight from its files."""
+        return self._load(self.dtype, self.device).eval()
 
     def mapped(self) -> Any:
         """The model as a view of its files, in their own type: what nobody reads takes no memory."""
@@ -158,8 +164,9 @@ class _ModelFiles:
                 names |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118  not a dict
         return _STORED_DTYPES.get(names.pop(), self.dtype) if len(names) == 1 else self.dtype
 
-    def _load(self, dtype: torch.dtype | None) -> PreTrainedModel:
-        """The model in a type; None: in that of its files."""
+    def _load(self, dtype: torch.dtype | None, device: torch.device | None = None) -> PreTrainedModel:
+        """The model in a type, and on a device; None: in that of its files, in the host's memory."""
+        placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
         try:
             dtype = dtype or self._stored_dtype()
             with _quiet_transformers():
@@ -169,6 +176,7 @@ class _ModelFiles:
                     attn_implementation="eager",  # the oracle of the self-test
                     local_files_only=True,
                     trust_remote_code=False,
+                    **placed,
                 )
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -276,9 +284,12 @@ class _Start:
     context_length: int
     kept: Checks | None
     progress: Progress
+    paged: PagedAttention | None
+    fuses: bool
 
     def steps(self, native_threads: int) -> tuple[StepModel, bool]:
-        """The steps in C++ if they can be had, else in packed mode; and whether those in C++ failed the self-test.
+        """The steps in C++ or as fused kernels if they can be had, else in packed mode; and whether those failed the
+        self-test.
 
         Raises `ModelError` unless they compute what the model computes.
         """
@@ -296,6 +307,16 @@ class _Start:
                 log.warning("the model runs in torch, its steps in C++ failed the self-test", reason=str(error))
                 failed_native = True
         try:
+            if self.paged is not None and self.fuses:
+                try:
+                    return self._fused(self.paged), failed_native
+                except UnknownPartsError as error:
+                    log.info("the model runs in its own modules", reason=str(error))
+                except UnpackableError as error:
+                    log.warning(
+                        "the model runs in its own modules, fused steps failed the self-test", reason=str(error)
+                    )
+                    failed_native = True
             return self._packed(), failed_native
         except UnpackableError as error:
             raise ModelError(_refusal(self.files.class_name, str(error))) from error
@@ -349,16 +370,31 @@ class _Start:
             forget(parameter)
         return plain
 
+    def _fused(self, attention: PagedAttention) -> StepModel:
+        """The model's steps as fused kernels."""
+        from executor_svc.gpu.decoder import FusedDecoder  # needs Triton
+
+        model = self._loaded()
+        plain = None if self._is_proven("fused") else self._plain_logits(model)
+        traits = self._switch(model).traits
+        fused = FusedDecoder(model, traits, self.context_length, attention)
+        self._test(fused, plain, 0.65)
+        return fused
+
     def _packed(self) -> PackedModel:
-        """The model's steps in torch."""
-        self.progress("loading the weights", 0.6)
-        model = self.files.load()
-        if getattr(model, "_is_stateful", False):
-            raise UnpackableError("it carries a recurrent state")
+        """The model's steps in its own modules."""
+        model = self._loaded()
         plain = None if self._is_proven("packed") else self._plain_logits(model)
         packed = self._switch(model)
         self._test(packed, plain, 0.65)
         return packed
+
+    def _loaded(self) -> Any:
+        self.progress("loading the weights", 0.6)
+        model = self.files.load()
+        if getattr(model, "_is_stateful", False):
+            raise UnpackableError("it carries a recurrent state")
+        return model
 
     def _plain_logits(self, model: Any) -> PlainLogits:
         return _trial(lambda: plain_logits(model, model.config.get_text_config().vocab_size, self.context_length))
@@ -369,7 +405,7 @@ class _Start:
             model.set_attn_implementation(ATTENTION_NAME)
         if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
             raise UnpackableError("it does not use the attention interface of transformers")
-        return _trial(lambda: PackedModel(model, self.backend, self.context_length))
+        return _trial(lambda: PackedModel(model, self.backend, self.context_length, self.paged))
 
     def _test(self, steps: StepModel, plain: PlainLogits | None, share: float) -> None:
         if plain is not None:

@@ -168,9 +168,13 @@ class ModelThread:
 
     def _note_times(self, step: _Step, result: pb.StepResult) -> None:
         timings, now = result.timings, time.perf_counter()
+        idle_s, gap_s = step.came_at - self._free_at, step.begun.gap_s
+        if gap_s is not None:  # the device knows better; what it did not wait for the plan, it waited for its host
+            idle_s = min(max(idle_s, 0.0), gap_s)
+            timings.prepare_us = _microseconds(gap_s - idle_s)
         worked_us = timings.prepare_us + timings.forward_us + timings.sample_us
         timings.queued_us = _microseconds(now - step.came_at - worked_us / 1e6)
-        timings.idle_us = _microseconds(step.came_at - self._free_at)
+        timings.idle_us = _microseconds(idle_s)
         self._free_at = now
 
     def _tell(self, attachment: Attachment, outcome: Outcome) -> None:

@@ -20,6 +20,8 @@ from executor_svc.attention.backend import AttentionBackend, ScoreRule
 from executor_svc.attention.hook import AttentionCall, attention_by
 from executor_svc.attention.layout import KeySource, StepLayout
 from executor_svc.batch import IntArray
+from executor_svc.gpu.inputs import StepInputs, inputs_of
+from executor_svc.gpu.packed_step import PackedStep, PackedStepCache, PagedAttention
 from executor_svc.kv_cache import PagedCache, PagedPool
 from executor_svc.layer_groups import Visibility, group_layers, trace_keys
 from executor_svc.pool_geometry import LayerShape, PoolGeometry, plan_pool
@@ -60,13 +62,34 @@ class PackedTraits:
 class PackedModel:
     """Runs packed steps of one model."""
 
-    def __init__(self, model: Any, backend: AttentionBackend, context_length: int) -> None:
-        """Look at the model's layers. No request has more than `context_length` tokens."""
+    mode = "packed"
+
+    def __init__(
+        self, model: Any, backend: AttentionBackend, context_length: int, paged: PagedAttention | None = None
+    ) -> None:
+        """Look at the model's layers. No request has more than `context_length` tokens.
+
+        `paged` computes attention where the model hands it what it wrote to the cache, else `backend` does.
+        """
         self._model = model
         self._backend = backend
+        self._paged = paged
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.device: torch.device = model.device
         self.traits = _probe(model, self._forward, context_length)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether steps can be computed from inputs on the device alone."""
+        return self._paged is not None and not self.traits.gathered
+
+    def compute(self, inputs: StepInputs, pool: PagedPool) -> torch.Tensor:
+        """Queue a step; returns the logits of its sampled tokens, `[S, vocabulary]`."""
+        assert self._paged is not None, "this model was not given attention that reads inputs"
+        step = PackedStep(self._paged, pool, inputs, self.traits.sources, self.traits.visibility)
+        cache = PackedStepCache(self._paged, pool, inputs)
+        with attention_by(step):
+            return self._forward(inputs.token_ids, inputs.positions.unsqueeze(0), cache, inputs.sampled)
 
     def layout(
         self,
@@ -100,6 +123,10 @@ class PackedModel:
 
         The arguments are those of a `StepBatch`. What is returned may be overwritten by the next step.
         """
+        if self.reads_inputs:
+            groups, device = pool.geometry.groups, self.device
+            arrays = query_lengths, context_lengths, block_tables, token_ids, row_index
+            return self.compute(inputs_of(*arrays, groups, device), pool)
         layout = self.layout(query_lengths, context_lengths, block_tables, pool)
         step = _PackedStep(self.traits, self._backend, pool, layout)
         with attention_by(step):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,11 +11,40 @@ from numpy.typing import NDArray
 
 from executor_svc.batch import NO_BLOCK, IntArray, LayerGroup
 from executor_svc.kv_cache import PagedPool
-from executor_svc.native.model import NativeDecoder
-from executor_svc.packed_model import PackedModel, UnpackableError
+from executor_svc.packed_model import PackedTraits, UnpackableError
 
-StepModel = PackedModel | NativeDecoder
-"""Whatever runs the steps of a model."""
+
+class StepModel(Protocol):
+    """Whatever runs the steps of a model."""
+
+    mode: str
+    traits: PackedTraits
+    device: torch.device
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether steps can be computed from inputs on the device alone."""
+        ...
+
+    def step(
+        self,
+        query_lengths: IntArray,
+        context_lengths: IntArray,
+        block_tables: Sequence[NDArray[np.int32]],
+        token_ids: torch.Tensor,
+        pool: PagedPool,
+        row_index: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute a step and return the logits of the tokens in `row_index`, `[rows, vocabulary]`.
+
+        The arguments are those of a `StepBatch`. What is returned may be overwritten by the next step.
+        """
+        ...
+
+    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The highest of each row of logits, NaN where one of them is, and its token."""
+        ...
+
 
 BlockTables = NDArray[np.int32]  # [rows, blocks]
 

@@ -1,12 +1,15 @@
-"""The runner that computes: a transformers model in packed mode, its paged cache and the sampler."""
+"""The runner that computes: a transformers model, its paged cache and the sampler."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import structlog
@@ -15,11 +18,12 @@ from numpy.typing import NDArray
 
 from common.serving_folder import weight_names
 from executor_svc.attention.torch_backend import TorchAttention
-from executor_svc.batch import Ended, IntArray, Launched, LayerGroup, RunnerInfo, StepBatch, StepOutput
+from executor_svc.batch import Ended, IntArray, Launched, RunnerInfo, StepBatch, StepError, StepOutput
 from executor_svc.config import ExecutorConfig
+from executor_svc.gpu.packed_step import PagedAttention
 from executor_svc.kept_checks import CheckFile, Checks, versions
 from executor_svc.kv_cache import PagedPool
-from executor_svc.machine import available_memory_bytes, resident_bytes, usable_core_count
+from executor_svc.machine import available_memory_bytes, usable_core_count
 from executor_svc.memory import trim
 from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model, open_folder
 from executor_svc.native.build import library_key, processor
@@ -27,24 +31,33 @@ from executor_svc.native.model import NativeDecoder, NativeRun
 from executor_svc.pool_geometry import PoolGeometry
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
+from executor_svc.sizing import (
+    block_count,
+    bytes_kept_by,
+    device_cache_budget,
+    host_cache_budget,
+    run_largest_step,
+    taken_bytes,
+)
 from executor_svc.start_times import Progress
+
+if TYPE_CHECKING:  # kernels need Triton, which a CPU can do without
+    from executor_svc.gpu.steps import DeviceSteps
 
 log = structlog.get_logger()
 
-_CPU_CACHE_LIMIT = 4 << 30
-_TRIAL_DECODE_LENGTH = 1024  # longer rows take a CPU seconds, and no more memory: groups of rows have a limit
-
-
-class StepError(RuntimeError):
-    """A step computed something that must not be used; the message names the slots."""
+__all__ = ["StepError", "TorchRunner", "thread_count"]
 
 
 class TorchRunner:
-    """Runs steps of one model over one paged cache; those in C++ by themselves, as an `AheadRunner`."""
+    """Runs steps of one model over one paged cache; those in C++ or on a GPU by themselves, as an `AheadRunner`."""
 
-    def __init__(self, loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig) -> None:
+    def __init__(
+        self, loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, device_steps: DeviceSteps | None = None
+    ) -> None:
         self._model = loaded.steps
         self._pool = pool
+        self._device_steps = device_steps
         self.info = RunnerInfo(
             name=loaded.model_name,
             fingerprint=loaded.fingerprint,
@@ -70,12 +83,16 @@ class TorchRunner:
             ModelError: the model or the settings cannot be served; the message says what to change.
         """
         device = choose_device(config.device)
+        config = config.sized_for(device.type)
         dtype = choose_dtype(config.dtype, device)
         threads = thread_count(config.threads, device)
         torch.set_num_threads(threads)
-        native_threads = (config.threads or usable_core_count()) if device.type == "cpu" and config.native else 0
+        paged = paged_attention(config.attention, device)
+        is_native = device.type == "cpu" and config.native and paged is None
+        native_threads = (config.threads or usable_core_count()) if is_native else 0
         check_file = _check_file(config, device, dtype, (threads, native_threads))
         kept = check_file.read() if config.keep_checks else None
+        taken_at_start = taken_bytes(device)
         loaded = load_model(
             config.model,
             device,
@@ -86,20 +103,30 @@ class TorchRunner:
             kept,
             progress,
             config.weights,
+            paged,
+            config.native,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
         step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
-        progress("making the cache", 0.9)
-        traits = loaded.steps.traits
-        geometry = traits.geometry(config.block_size)
-        budget = config.cache_memory_bytes or _measured_budget(device, config.memory_utilization, available, step_bytes)
-        pool = PagedPool(geometry, _block_count(loaded, geometry, config, budget), traits.cache_dtype, device)
+        geometry = loaded.steps.traits.geometry(config.block_size)
+        if loaded.steps.reads_inputs:
+            step_bytes += bytes_kept_by(device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config))
+        progress("making the cache", 0.8)
+        budget = config.cache_memory_bytes or (
+            host_cache_budget(available, step_bytes)
+            if device.type == "cpu"
+            else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
+        )
+        pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
+        device_steps = _device_steps(loaded, pool, config, progress) if loaded.steps.reads_inputs else None
         trim()
         progress("ready", 1.0)
-        return cls(loaded, pool, config)
+        return cls(loaded, pool, config, device_steps)
 
     def launch(self, batch: StepBatch) -> Launched:
-        """Begin the step where C++ runs it; else compute it now. Raises what `run` does."""
+        """Begin the step where it runs by itself; else compute it now. Raises what `run` does."""
+        if self._device_steps is not None:
+            return self._device_steps.launch(batch)
         if isinstance(self._model, NativeDecoder):
             given = (*_lengths_and_tables(batch), batch.token_ids, self._pool, _sampled_tokens(batch))
             with torch.inference_mode():
@@ -113,7 +140,7 @@ class TorchRunner:
         Raises:
             StepError: a row's logits are not finite.
         """
-        if isinstance(self._model, NativeDecoder):
+        if self._device_steps is not None or isinstance(self._model, NativeDecoder):
             return self.launch(batch).result()
         started = perf_counter()
         with torch.inference_mode():
@@ -132,7 +159,7 @@ class TorchRunner:
 
     def copy_blocks(self, sources: IntArray, destinations: IntArray) -> None:
         """Copy whole blocks, all layers of them: every source is read before any destination is written."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._device_steps.queue.steps() if self._device_steps else nullcontext():
             self._pool.copy_blocks(sources, destinations)
 
     def _sample(self, logits: torch.Tensor, likeliest: tuple[torch.Tensor, torch.Tensor], batch: StepBatch) -> IntArray:
@@ -145,6 +172,51 @@ class TorchRunner:
             raise StepError(
                 f"slots {slots} have NaN or infinite logits in {self.info.dtype}; try float32 if this repeats"
             ) from error
+
+
+def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
+    """The attention that reads block tables on the device; None: it is left to torch. Raises `ModelError`."""
+    if name == "torch" or (name == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ModelError(
+            f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
+            "TRITON_INTERPRET=1 to try kernels out very slowly"
+        )
+    try:
+        from executor_svc.gpu.triton_attention import TritonAttention
+    except ImportError as error:
+        raise ModelError(
+            f"attention '{name}' needs Triton, which is not installed: {error}; install the triton that belongs to "
+            "this torch, or choose --attention torch"
+        ) from error
+    return TritonAttention(device)
+
+
+def _pool(loaded: LoadedModel, geometry: PoolGeometry, count: int) -> PagedPool:
+    return PagedPool(geometry, count, loaded.steps.traits.cache_dtype, loaded.steps.device)
+
+
+def _device_steps(
+    loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress = lambda _phase, _share: None
+) -> DeviceSteps:
+    """Steps over `pool`, recorded where that is wanted and can be done."""
+    from executor_svc.gpu.queue import queue_for
+    from executor_svc.gpu.steps import DeviceSteps, InputsModel, StepLimits
+
+    entries = sum(-(-loaded.context_length // group.block_size) for group in pool.geometry.groups)
+    limits = StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_seqs * entries)
+    model = cast(InputsModel, loaded.steps)  # it reads inputs: whoever calls this has asked
+    steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
+    if config.graphs:
+        try:
+            steps.record(lambda phase, share: progress(phase, 0.85 + 0.15 * share))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
+            log.warning("steps are launched kernel by kernel: they cannot be recorded", reason=str(error))
+            steps.forget_recorded()
+    return steps
 
 
 def thread_count(wanted: int, device: torch.device) -> int:
@@ -245,100 +317,7 @@ def _step_bytes(
         if loaded.steps.device.type == "cpu":  # a GPU runs it again, which also loads what its libraries take
             return kept.largest_step_bytes
     progress("running the largest step", 0.7)
-    step_bytes = _run_largest_step(loaded, config)
+    step_bytes = run_largest_step(loaded, config)
     if config.keep_checks and not is_proven and not loaded.failed_native:
         check_file.write(Checks(loaded.mode, step_bytes, datetime.now(UTC).isoformat(timespec="seconds")))
     return step_bytes
-
-
-def _run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> int:
-    """Run the step that takes most memory: a full token budget of prompt, then every slot decoding.
-
-    Returns the bytes that it took at its peak. One block stands in for the whole cache: what it holds does not matter,
-    only how much is read.
-    """
-    model = loaded.steps
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading left there would hide what the step takes
-        torch.cuda.reset_peak_memory_stats(model.device)
-    before, peak_before = _memory(model.device)
-    pool = PagedPool(model.traits.geometry(config.block_size), 1, model.traits.cache_dtype, model.device)
-    prompt_lengths = _split(config.max_num_batched_tokens, loaded.context_length)
-    slot_count = config.max_num_seqs
-    decode_length = max(
-        1, min(loaded.context_length, model.traits.decode_token_limit // slot_count, _TRIAL_DECODE_LENGTH)
-    )
-    for query_lengths, context_lengths in (
-        (prompt_lengths, prompt_lengths),
-        (np.ones(slot_count, dtype=np.int64), np.full(slot_count, decode_length)),
-    ):
-        with torch.inference_mode():
-            tables = [
-                np.zeros((len(query_lengths), -(-loaded.context_length // group.block_size)), dtype=np.int32)
-                for group in pool.geometry.groups
-            ]
-            token_ids = torch.zeros(int(query_lengths.sum()), dtype=torch.int64, device=model.device)
-            rows = torch.arange(min(slot_count, len(token_ids)), device=model.device)
-            model.step(query_lengths, context_lengths, tables, token_ids, pool, rows).float().argmax(-1).cpu()
-    after, peak = _memory(model.device)
-    return max(0, (peak if peak > peak_before else after) - before)
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that the model takes on its device now, and the most that it took."""
-    if device.type == "cpu":
-        return resident_bytes()
-    return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
-
-
-def _split(total: int, limit: int) -> IntArray:
-    """`total` as a sum of lengths of at most `limit`."""
-    whole, rest = divmod(total, limit)
-    return np.array([limit] * whole + [rest] * (rest > 0), dtype=np.int64)
-
-
-def _block_count(loaded: LoadedModel, geometry: PoolGeometry, config: ExecutorConfig, budget: int) -> int:
-    """Blocks that fit into so many bytes, at most as many as all slots with full contexts could use."""
-    block_bytes = geometry.block_elements * loaded.steps.traits.cache_dtype.itemsize
-    usable = config.max_num_seqs * sum(
-        _most_blocks(group, loaded.context_length, config.max_num_batched_tokens) for group in geometry.groups
-    )
-    count = min(budget // block_bytes - 1, usable)  # one more is the block of zeros
-    group_count = len(geometry.groups)
-    if count < group_count:
-        sizes = " or ".join(str(size) for size in sorted({group.block_size for group in geometry.groups}))
-        shares = f", each of the {group_count} layer groups needs one" if group_count > 1 else ""
-        raise ModelError(
-            f"the cache may use {budget} bytes but needs {(group_count + 1) * block_bytes}: a block of {sizes} tokens "
-            f"takes {block_bytes} bytes{shares} and one block is kept for padding; "
-            + (
-                "raise cache_memory_bytes or lower block_size"
-                if config.cache_memory_bytes
-                else "free memory, lower max_num_batched_tokens or set cache_memory_bytes"
-            )
-        )
-    return count
-
-
-def _most_blocks(group: LayerGroup, context_length: int, step_token_count: int) -> int:
-    """Blocks of a group that one request can use.
-
-    Under a window that is what it sees and the tokens of two plans, for so many are on their way at once; one more
-    because blocks begin anywhere, and one that is given back late.
-    """
-    limits = [limit for limit in (group.window, group.chunk) if limit]
-    span = min(limits, default=context_length) + 2 * step_token_count
-    return min(-(-context_length // group.block_size), -(-span // group.block_size) + 2)
-
-
-def _measured_budget(device: torch.device, memory_utilization: float, available: int, step_bytes: int) -> int:
-    """Bytes for the cache beside the weights, which are loaded, and a step of `step_bytes`.
-
-    `available` is the host's memory before any step.
-    """
-    if device.type == "cpu":
-        return min(_CPU_CACHE_LIMIT, max(0, available - step_bytes) // 4)
-    free, total = torch.cuda.mem_get_info(device)
-    used_by_others = total - free - torch.cuda.memory_reserved(device)
-    torch.cuda.empty_cache()
-    return max(0, int(memory_utilization * total) - torch.cuda.memory_reserved(device) - step_bytes - used_by_others)

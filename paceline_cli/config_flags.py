@@ -99,9 +99,11 @@ _FLAGS = {
     "fair_output_weight": _flag(
         "--fair-output-weight", _ORDER, "Policy fair: service that a generated token counts as.", metavar="WEIGHT"
     ),
-    "max_num_seqs": _count("--max-num-seqs", _LIMITS, "Requests that run at once on one executor."),
+    "max_num_seqs": _count(
+        "--max-num-seqs", _LIMITS, "Requests that run at once on one executor; 0 suits the device.", 0
+    ),
     "max_num_batched_tokens": _count(
-        "--max-num-batched-tokens", _LIMITS, "Tokens that one step may compute; more reads prompts faster."
+        "--max-num-batched-tokens", _LIMITS, "Tokens of one step; more reads prompts faster; 0 suits the device.", 0
     ),
     "max_waiting_requests": _count("--max-waiting-requests", _LIMITS, "Requests that may wait in the queue."),
     "max_waiting_tokens": _count("--max-waiting-tokens", _LIMITS, "Prompt tokens that may wait in the queue."),

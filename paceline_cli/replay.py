@@ -29,7 +29,8 @@ _SHOWN_DIFFERENCES = 20
 _CONTEXT = 6  # tokens of text around a difference, on either side
 _NAMED_REQUESTS = 5
 _SETTINGS = (
-    *("device", "dtype", "weights", "threads", "native", "max_model_len", "block_size"),
+    *("device", "dtype", "weights", "threads", "native", "attention", "graphs"),
+    *("max_model_len", "block_size"),
     *("cache_memory_bytes", "memory_utilization", "max_num_batched_tokens"),
 )  # what may change a token, or is needed for the model to fit
 _OTHER_SETTINGS = [setting.name for setting in fields(ExecutorConfig) if setting.name not in _SETTINGS]

@@ -53,6 +53,7 @@ ALLOWED = {
         "tokenizers",
         "torch",
         "transformers",
+        "triton",
         *STUBS,
     },
     "common": {

@@ -16,12 +16,13 @@ from executor_svc.batch import IntArray, LayerGroup
 class StepInputs:
     """R rows of one step and their T tokens, end to end; some rows and tokens at the end may be padding.
 
-    A padding row has context 0. Its tokens are written nowhere, and what attention gives for them is 0.
+    A padding row has context 0. The tokens of padding are of row -1: they are written nowhere, and what attention gives
+    for them means nothing.
     """
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
-    rows: torch.Tensor  # [T] int32, the row of each token
+    rows: torch.Tensor  # [T] int32, the row of each token; -1: padding
     row_starts: torch.Tensor  # [R + 1] int32, where the tokens of each row begin, and where the last ones end
     contexts: torch.Tensor  # [R] int32, tokens in the cache once the step has run
     tables: torch.Tensor  # int32, block tables of all rows in all layer groups, end to end

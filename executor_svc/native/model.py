@@ -14,13 +14,16 @@ from executor_svc.batch import IntArray
 from executor_svc.kv_cache import PagedPool
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import PHASES, NativeLayer, NativeStep, library
-from executor_svc.native.rotations import Rotations
 from executor_svc.native.weights import BLOCK, PackedWeights, aligned, check_native
 from executor_svc.packed_model import PackedTraits
+from executor_svc.rotations import Rotations
 
 
 class NativeDecoder:
     """Runs packed steps of one model, in the order in which they are launched. Launched by one thread at a time."""
+
+    mode = "native"
+    reads_inputs = False
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class NativeDecoder:
         self.device: torch.device = model.device
         with torch.inference_mode():
             self._rotations = Rotations(model, context_length)
-            self._weights = PackedWeights(model, dtype, self._rotations.width, as_int8)
+            self._weights = PackedWeights(model, dtype, _only_width(self._rotations), as_int8)
         self._bound: tuple[PagedPool, ctypes.Array[NativeLayer]] | None = None
         self._scratch = self._logits = torch.empty(0)
         self._last: NativeRun | None = None  # launched
@@ -205,6 +208,12 @@ class NativeRun:
 
 def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _only_width(rotations: Rotations) -> int:
+    if len(rotations.widths) > 1:
+        raise NativeUnavailableError(f"its layers rotate {sorted(rotations.widths)} numbers of a head, by their type")
+    return next(iter(rotations.widths))
 
 
 def _check_traits(traits: PackedTraits) -> None:

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from executor_svc.decoder_parts import (
+    Experts,
+    LayerParts,
+    activation_of,
+    counts_from_one,
+    embedding_scale,
+    parts_of,
+    reason_against_parts,
+)
 from executor_svc.memory import Arena, forget
 from executor_svc.native.build import NativeUnavailableError
 from executor_svc.native.library import BFLOAT16, FLOAT32, NativeLayer, NativeModel, library
-from executor_svc.native.parts import LAYERS, Experts, LayerParts, counts_from_one, parts_of
 
 BLOCK = 32  # outputs that are packed together
 _ALIGNMENT = 64
@@ -35,39 +43,22 @@ def check_native(model: Any, dtype: torch.dtype) -> None:
 
 
 def _reason_against(model: Any, dtype: torch.dtype) -> str:
-    config = model.config
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    kinds = {type(layer).__name__ for layer in layers or ()}
-    if not layers or not kinds <= set(LAYERS):
-        return f"its layers ({', '.join(sorted(kinds)) or 'none known'}) are not of a kind that is written in C++"
+    if reason := reason_against_parts(model):
+        return reason
     if dtype not in _TYPES:
         return f"its type is {dtype}"
-    if getattr(config, "quantization_config", None):
-        return "its weights are quantised"
-    first, parts = layers[0], [parts_of(layer) for layer in layers]
+    first, parts = model.model.layers[0], [parts_of(layer) for layer in model.model.layers]
     if len({(part.inner, part.experts is None) for part in parts}) > 1:
         return "its gated products are not alike in all layers: mixtures of experts beside plain ones, or other sizes"
     dim, shared = first.self_attn.head_dim, first.self_attn.num_key_value_groups
     unit = 32 if dtype == torch.bfloat16 else 16
-    if dim % unit or parts[0].inner % unit or config.hidden_size % BLOCK:
+    if dim % unit or parts[0].inner % unit or model.config.hidden_size % BLOCK:
         return f"its heads or gated products are not multiples of {unit}, or its hidden size not one of {BLOCK}"
-    linears = [model.lm_head, *(linear for part in parts for linear in part.linears)]
-    if any(type(linear) is not nn.Linear or linear.weight.dtype != model.dtype for linear in linears):
-        return "its matrices are not all plain ones of its type"
     if dim > _LARGEST_DIM or shared > _MOST_SHARED:
         return (
             f"its heads have {dim} numbers and {shared} queries for a key; the most are {_LARGEST_DIM}, {_MOST_SHARED}"
         )
-    unbiased = [model.lm_head, *(linear for part in parts for linear in (*part.gate_up, *part.down))]
-    if getattr(config, "clip_qkv", None):
-        return "it limits queries, keys and values (clip_qkv)"
-    if _activation(config) not in _GATES or any(linear.bias is not None for linear in unbiased):
-        return f"its gated products have a bias, or another activation than {' or '.join(_GATES)}"
     return ""
-
-
-def _activation(config: Any) -> str:
-    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def _matrices(model: Any) -> Iterator[torch.Tensor]:
@@ -92,11 +83,6 @@ def round_to_int8(model: Any, dtype: torch.dtype) -> None:
             to.copy_((rows.float() / scales).round() * scales)
         weight.data = rounded
         forget(stored)
-
-
-def _scale_of(embedding: Any, dtype: torch.dtype) -> float:
-    """What embeddings are multiplied with, rounded as the model rounds it."""
-    return float(torch.tensor(getattr(embedding, "scalar_embed_scale", 1.0), dtype=dtype))
 
 
 class PackedWeights:
@@ -140,12 +126,12 @@ class PackedWeights:
             sums_to_one=parts.experts is not None and parts.experts.sums_to_one,
             epsilon=config.rms_norm_eps,
             scaling=first.self_attn.scaling,
-            gate_slope=_GATES[_activation(config)][0],
-            gate_cube=_GATES[_activation(config)][1],
+            gate_slope=_GATES[activation_of(config)][0],
+            gate_cube=_GATES[activation_of(config)][1],
             logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
             norm=self._norm(model.model.norm),
             output=output,
-            embedding_scale=_scale_of(embedding, dtype),
+            embedding_scale=embedding_scale(model, dtype),
             embedding=None if is_tied else self._rows(embedding.weight),
         )
 

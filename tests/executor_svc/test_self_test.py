@@ -40,7 +40,7 @@ def test_no_sequence_is_longer_than_the_context(serving_folder, monkeypatch, con
             return step(self, query_lengths, context_lengths, *rest)
 
         monkeypatch.setattr(kind, "step", spy)
-    monkeypatch.setattr("executor_svc.torch_runner._run_largest_step", lambda *_: 0)
+    monkeypatch.setattr("executor_svc.torch_runner.run_largest_step", lambda *_: 0)
     load_folder(serving_folder("gemma2"), max_model_len=context_length)
 
     assert max(seen) == context_length

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 # Decoder layers that are: norm, attention, add, norm, gated product, add; what is added may have a norm of its own,
@@ -24,7 +25,12 @@ LAYERS = (
     "Qwen3MoeDecoderLayer",
     "OlmoeDecoderLayer",
 )
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # of gates
 _FROM_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # norms whose weights count from 1
+
+
+class UnknownPartsError(Exception):
+    """A model cannot be taken apart; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +111,34 @@ def _experts_of(mlp: Any) -> Experts | None:
 def counts_from_one(norm: Any) -> bool:
     """Whether a norm multiplies with 1 more than its weights."""
     return type(norm).__name__ in _FROM_ONE
+
+
+def activation_of(config: Any) -> str:
+    """What a gate goes through."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def embedding_scale(model: Any, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied with, rounded as the model rounds it."""
+    embedding = model.get_input_embeddings()
+    return float(torch.tensor(getattr(embedding, "scalar_embed_scale", 1.0), dtype=dtype))
+
+
+def reason_against_parts(model: Any) -> str:
+    """Why a model cannot be taken apart; empty where it can."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    kinds = {type(layer).__name__ for layer in layers or ()}
+    if not layers or not kinds <= set(LAYERS):
+        return f"its layers ({', '.join(sorted(kinds)) or 'none known'}) are of no family whose parts are known"
+    if getattr(model.config, "quantization_config", None):
+        return "its weights are quantised"
+    parts = [parts_of(layer) for layer in layers]
+    linears = [model.lm_head, *(linear for part in parts for linear in part.linears)]
+    if any(type(linear) is not nn.Linear or linear.weight.dtype != model.dtype for linear in linears):
+        return "its matrices are not all plain ones of its type"
+    if getattr(model.config, "clip_qkv", None):
+        return "it limits queries, keys and values (clip_qkv)"
+    unbiased = [model.lm_head, *(linear for part in parts for linear in (*part.gate_up, *part.down))]
+    if activation_of(model.config) not in ACTIVATIONS or any(linear.bias is not None for linear in unbiased):
+        return f"its gated products have a bias, or another activation than {' or '.join(ACTIVATIONS)}"
+    return ""

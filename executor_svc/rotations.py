@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from executor_svc.native.build import NativeUnavailableError
-
 
 class Rotations:
     """Cosines and sines by position; one table, or one for each type of layer where the types rotate differently.
@@ -16,22 +14,20 @@ class Rotations:
     scaling and longrope have, do so beyond the context length only (`context_length_of`).
     """
 
-    def __init__(self, model: Any, context_length: int) -> None:
+    def __init__(self, model: Any, context_length: int, dtype: torch.dtype = torch.float32) -> None:
         """Positions beyond `context_length` are not asked of the model unless a step has them.
 
-        Raises `NativeUnavailableError`.
+        The tables are of type `dtype`, as the model rounds to it, and where the model is.
         """
         self._rotate = model.model.rotary_emb
+        self._like = torch.zeros(1, dtype=dtype, device=model.device)
         self._context_length = context_length
         self._types: list[str | None] = list(getattr(self._rotate, "layer_types", None) or [None])
         self._of_layers = model.config.layer_types if self._types != [None] else None
         self._known_count = 0
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
-        widths = {cosine.shape[-1] for cosine, _ in self.up_to(1)}
-        if len(widths) > 1:
-            raise NativeUnavailableError(f"its layers rotate {sorted(widths)} numbers of a head, by their type")
-        self.width: int = widths.pop()
-        """Numbers of a head that are rotated, the first ones."""
+        self.widths = {cosine.shape[-1] for cosine, _ in self.up_to(1)}
+        """Numbers of a head that are rotated, the first ones; more than one where types of layers differ in it."""
 
     def table_of(self, layer: int) -> int:
         """Which table rotates in that layer."""
@@ -46,5 +42,6 @@ class Rotations:
 
     def _table(self, layer_type: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         kind = {"layer_type": layer_type} if layer_type else {}
-        cosine, sine = self._rotate(torch.zeros(1), torch.arange(self._known_count).unsqueeze(0), **kind)
+        positions = torch.arange(self._known_count, device=self._like.device).unsqueeze(0)
+        cosine, sine = self._rotate(self._like, positions, **kind)
         return cosine[0].contiguous(), sine[0].contiguous()

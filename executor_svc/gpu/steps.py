@@ -1,0 +1,202 @@
+"""Steps of one model on one device: queued while those before them run, and replayed where their shape was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import structlog
+import torch
+
+from executor_svc.batch import IntArray, SamplingBatch, StepBatch, StepError, StepOutput
+from executor_svc.gpu.input_buffer import InputBuffer, StepShape
+from executor_svc.gpu.inputs import StepInputs
+from executor_svc.gpu.queue import Moment, Queue, Recording
+from executor_svc.gpu.sampling import sample_rows
+from executor_svc.kv_cache import PagedPool
+
+log = structlog.get_logger()
+
+_RESULTS_IN_FLIGHT = 4  # two steps on their way, one whose result is just being read, and one to spare
+_FINELY_RECORDED = 64  # rows up to which decoding steps are recorded in small intervals
+_MOST_MIXED_TOKENS = 512  # of a recorded step with prompts in it: longer ones take longer than launching them
+_MIXED_INTERVAL = 64
+
+
+class InputsModel(Protocol):
+    """A model that computes from inputs on the device."""
+
+    def compute(self, inputs: StepInputs, pool: PagedPool) -> torch.Tensor:
+        """Queue a step; returns the logits of its sampled tokens, `[S, vocabulary]`, once it has run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step."""
+
+    row_count: int
+    token_count: int
+    entry_count: int  # of all block tables together
+
+
+class DeviceSteps:
+    """Runs steps in the order in which they are launched; each finds the tokens of the one before on the device."""
+
+    def __init__(self, model: InputsModel, pool: PagedPool, limits: StepLimits, queue: Queue) -> None:
+        """Record nothing yet: every step is launched kernel by kernel."""
+        self._model, self._pool, self._limits, self.queue = model, pool, limits, queue
+        groups = pool.geometry.groups
+        rows, tokens, entries = limits.row_count, limits.token_count, limits.entry_count
+        self._decode_inputs = InputBuffer(rows, rows, entries, groups, queue)
+        self._mixed_inputs = InputBuffer(rows, tokens, entries, groups, queue)
+        self._results = torch.zeros(2, rows, dtype=torch.int64, device=queue.device)  # tokens; whether they may be used
+        self._hosts = [queue.host_words(4 * rows).view(torch.int64).view(2, rows) for _ in range(_RESULTS_IN_FLIGHT)]
+        self._recorded: dict[StepShape, Recording] = {}
+        self._last_end: Moment | None = None
+
+    def record(self, progress: Callable[[str, float], None]) -> None:
+        """Record the shapes that steps are padded to, largest first, so that smaller ones fit into its memory.
+
+        Whatever cannot be recorded raises; what was recorded before is used all the same.
+        """
+        shapes = list(shapes_to_record(self._limits))
+        for number, shape in enumerate(shapes):
+            kind = "decoding" if shape.is_decode else "mixed"
+            progress(f"recording {kind} steps of {shape.token_count} tokens", number / len(shapes))
+            with torch.inference_mode(), self.queue.steps():
+                self._buffer(shape).fill(_empty_batch(len(self._pool.geometry.groups)), shape)
+                self._forward(shape)  # compiles and loads what it needs
+                self._recorded[shape] = self.queue.record(partial(self._forward, shape))
+
+    def forget_recorded(self) -> None:
+        """Launch every step kernel by kernel again."""
+        self._recorded.clear()
+
+    def launch(self, batch: StepBatch) -> DeviceStep:
+        """Queue a step behind those before it."""
+        shape = self._shape_of(batch)
+        buffer, sampling_count = self._buffer(shape), len(batch.sampling)
+        with torch.inference_mode():
+            buffer.fill(batch, shape)
+            with self.queue.steps():
+                began = self.queue.mark()
+                recorded = self._recorded.get(shape)
+                if recorded is not None:
+                    recorded.replay()
+                logits = recorded.output if recorded is not None else self._forward(shape)
+                forwarded = self.queue.mark()
+                chosen, finite = self._results[:, :sampling_count]
+                if sampling_count:
+                    sample_rows(logits[:sampling_count], buffer.sampling(sampling_count), chosen, finite)
+                host = self._hosts[0]
+                self._hosts.append(self._hosts.pop(0))
+                host.copy_(self._results, non_blocking=True)
+                step = DeviceStep(batch, host, self._last_end, began, forwarded, self.queue.mark())
+        self._last_end = step.ended
+        return step
+
+    def _buffer(self, shape: StepShape) -> InputBuffer:
+        return self._decode_inputs if shape.is_decode else self._mixed_inputs
+
+    def _forward(self, shape: StepShape) -> torch.Tensor:
+        inputs = self._buffer(shape).inputs(shape, self._results[0])
+        return self._model.compute(inputs, self._pool)
+
+    def _shape_of(self, batch: StepBatch) -> StepShape:
+        """The smallest recorded shape that holds the step, or its own."""
+        is_decode = bool((batch.query_lengths == 1).all())
+        own = StepShape(len(batch.slots), len(batch.token_ids), len(batch.sampling), is_decode)
+        holding = (shape for shape in self._recorded if _holds(shape, own))
+        return min(holding, key=lambda shape: shape.token_count, default=own)
+
+
+def shapes_to_record(limits: StepLimits) -> Iterator[StepShape]:
+    """Shapes for all steps but those with long prompts, largest first."""
+    rows = limits.row_count
+    for tokens in range(min(_MOST_MIXED_TOKENS, limits.token_count) // _MIXED_INTERVAL, 0, -1):
+        yield StepShape(rows, tokens * _MIXED_INTERVAL, rows, is_decode=False)
+    for count in reversed(decode_sizes(rows)):
+        yield StepShape(count, count, count, is_decode=True)
+
+
+def decode_sizes(most: int) -> list[int]:
+    """Numbers of rows to which decoding steps are padded: 1, 2, 4, then by 8, from 64 on by a quarter of a doubling."""
+    sizes = [1, 2, 4, *range(8, _FINELY_RECORDED, 8)]
+    size = _FINELY_RECORDED
+    while size < most:
+        sizes += range(size, 2 * size, size // 4)
+        size *= 2
+    return [*(size for size in sizes if size < most), most]
+
+
+def _holds(shape: StepShape, own: StepShape) -> bool:
+    return (
+        shape.is_decode == own.is_decode and shape.row_count >= own.row_count and shape.token_count >= own.token_count
+    )
+
+
+class DeviceStep:
+    """A step that was queued."""
+
+    keeps_tokens = True
+
+    def __init__(
+        self,
+        batch: StepBatch,
+        results: torch.Tensor,  # [2, rows] on the host, once it has ended
+        before_ended: Moment | None,
+        began: Moment,
+        forwarded: Moment,
+        ended: Moment,
+    ) -> None:
+        """Wait for nothing."""
+        self.ended = ended
+        self._batch, self._results = batch, results
+        self._before_ended, self._began, self._forwarded = before_ended, began, forwarded
+        self._error: Exception | None = None
+
+    def wait(self) -> None:
+        """Wait for its end, good or bad."""
+        try:
+            self.ended.await_on_host()
+        except RuntimeError as error:  # the device does not work any more: the result says so
+            self._error = error
+
+    def result(self) -> StepOutput:
+        """Wait for its end.
+
+        Raises `StepError` where a row's logits are not finite, and what the device failed with.
+        """
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        sampling = self._batch.sampling
+        chosen, finite = self._results.numpy()[:, : len(sampling)]
+        if not finite.all():
+            rows = sampling.row_index[np.flatnonzero(finite == 0)]
+            raise StepError(f"slots {self._batch.slots[rows].tolist()} have NaN or infinite logits")
+        gap_s = None if self._before_ended is None else max(0.0, self._began.seconds_since(self._before_ended))
+        return StepOutput(
+            token_ids=chosen.copy(),
+            forward_s=self._forwarded.seconds_since(self._began),
+            sample_s=self.ended.seconds_since(self._forwarded),
+            gap_s=gap_s,
+        )
+
+
+def _empty_batch(group_count: int) -> StepBatch:
+    """A step of nothing but padding."""
+    none: IntArray = np.zeros(0, dtype=np.int64)
+    numbers = np.zeros(0, dtype=np.float32)
+    return StepBatch(
+        slots=none,
+        token_ids=none,
+        query_lengths=none,
+        context_lengths=none,
+        block_tables=(np.zeros((0, 0), dtype=np.int32),) * group_count,
+        sampling=SamplingBatch(none, numbers, none, numbers, numbers, none.astype(np.uint64), none, none),
+    )
