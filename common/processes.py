@@ -24,7 +24,6 @@ ANY_PORT = -1
 """Stands for a port that the system picks, where 0 means none."""
 
 
-
 def _release() -> str:
     try:
         return importlib.metadata.version("paceline-server")

@@ -43,4 +43,4 @@ class Given:
     @property
     def step_token_count(self) -> int:
         """Tokens that a step may compute."""
-        return 32 if self.rehearse else 8192
+        return 32 if self.rehearse else 2048

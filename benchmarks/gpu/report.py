@@ -206,7 +206,7 @@ def _plain_table(rows: Sequence[Row]) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:,.4g}" if isinstance(value, float) else _one_line(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else _one_line(str(value))
 
 
 def _one_line(text: str) -> str:
