@@ -43,7 +43,8 @@ def main() -> int:
     log = arguments.output / "log.txt"
     log.write_bytes(b"")
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=_disk(arguments.rehearse)) as name:
-        given = Given("cpu" if arguments.rehearse else "cuda", arguments.rehearse, arguments.attention, Path(name))
+        device, attention = ("cpu", "triton") if arguments.rehearse else ("cuda", "auto")
+        given = Given(device, arguments.rehearse, arguments.attention or attention, Path(name))
         rows, setting = [], {"date": datetime.now(UTC).isoformat(timespec="seconds")}
         environment = _environment(arguments.rehearse, Path(name) / "packages")
         for job, told in run_jobs([Job("setting"), *jobs], given, environment, log, ends_at):
@@ -71,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="parts that do not fit any more are left out")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="MODEL", help=", ".join(models))
-    parser.add_argument("--attention", default="auto", help="as `paceline executor --attention`")
+    parser.add_argument("--attention", default="", help="as of executors; else auto, in a rehearsal triton")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny models and interpreted kernels")
     return parser.parse_args()
 

@@ -203,8 +203,9 @@ def _sampling_batch(count: int, settings: dict[str, float]) -> SamplingBatch:
 
 def _launches(sizes: _Sizes) -> dict[str, Callable[[], object]]:
     """What a decoding step calls, ready to be called again and again."""
-    from executor_svc.gpu.layer_kernels import Norm, add_rms_norm, gated_product, rotate_and_store
     from executor_svc.gpu.sampling import sample_rows
+
+    from executor_svc.gpu.layer_kernels import Norm, add_rms_norm, gated_product, rotate_and_store
 
     norm = Norm(sizes.numbers(sizes.hidden, spread=0.1, middle=1.0), _EPSILON)
     x, residual = (sizes.numbers(sizes.token_count, sizes.hidden) for _ in range(2))

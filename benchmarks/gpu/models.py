@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks.figures import Answer
 from benchmarks.gpu.given import IN_PROCESS, SERVED, Given, Row, Tell
@@ -13,6 +12,7 @@ from benchmarks.gpu.steady import Steady, jobs_of
 from benchmarks.workloads import Job, Workload
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig
+from paceline.internal.v1 import executor_pb2 as pb
 
 
 def run(given: Given, tell: Tell) -> None:
@@ -57,7 +57,7 @@ def executor_config(given: Given, model: str) -> ExecutorConfig:
         device=given.device,
         dtype="float32" if given.rehearse else "bfloat16",
         attention=given.attention,
-        native=not given.rehearse,  # on a CPU that would be C++
+        native=given.device != "cpu" or given.attention == "triton",  # else a CPU would run steps in C++
         threads=1 if given.rehearse else 0,
         cache_memory_bytes=32 << 20 if given.rehearse else 0,
         max_model_len=64 if given.rehearse else 8192,
@@ -69,12 +69,13 @@ def executor_config(given: Given, model: str) -> ExecutorConfig:
 
 @dataclass(slots=True)
 class _IdleMeter:
-    """Adds up in which time the executor had no plan, by its own clock."""
+    """Adds up in which time the device had nothing to compute, by its own clock where it has one."""
 
     noted: list[tuple[float, float]] = field(default_factory=list)  # (when a result came, seconds before its step)
 
-    def __call__(self, result: Any) -> None:
-        self.noted.append((time.perf_counter(), result.timings.idle_us / 1e6))
+    def __call__(self, result: pb.StepResult) -> None:
+        timings = result.timings  # a device waits for plans, and for its host to prepare what they ask for
+        self.noted.append((time.perf_counter(), (timings.idle_us + timings.prepare_us) / 1e6))
 
     def share(self, steady: Steady) -> float:
         idle_s = sum(idle for when, idle in self.noted if steady.began_s < when <= steady.ended_s)
