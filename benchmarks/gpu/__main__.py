@@ -38,7 +38,7 @@ def main() -> int:
     leave_nothing_behind()
     arguments = _arguments()
     ends_at = time.monotonic() + 60 * arguments.minutes
-    jobs = [job for job in JOBS if job.part in arguments.only and (job.shape or "8B") in arguments.models]
+    jobs = [job for job in JOBS if job.part in arguments.only and job.shape in ("", *arguments.models)]
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / "log.txt"
     log.write_bytes(b"")
@@ -50,15 +50,16 @@ def main() -> int:
         for job, told in run_jobs([Job("setting"), *jobs], given, environment, log, ends_at):
             _say(job, told)
             if job.part == "setting":
-                if "error" in told[-1]:
+                if "failure" in told[-1]:
                     return _NOT_HERE
                 setting |= {key: value for key, value in told[-1].items() if key not in ("part", "took_s")}
                 continue
             rows += told
+            _write_json(arguments.output, rows, setting)  # whatever happens next
             _forget_weights(job, jobs, given.folder)
         _keep_logs(given.folder, log)
-    _write(arguments.output, rows, setting)
-    return 1 if Results(rows).errors() else 0
+    _write_table(arguments.output, rows, setting)
+    return 1 if Results(rows).failures() else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -111,16 +112,18 @@ def _keep_logs(folder: Path, log: Path) -> None:
 
 
 def _say(job: Job, rows: Sequence[Row]) -> None:
-    errors = [f"\n  {row['error']}" for row in rows if "error" in row]
+    failures = [f"\n  {row['failure']}" for row in rows if "failure" in row]
     took = f"{rows[-1]['took_s']:.0f} s" if rows and "took_s" in rows[-1] else ""
-    print(f"{job.name}: {len(rows) - len(errors)} rows, {took}{''.join(errors)}", flush=True)
+    print(f"{job.name}: {len(rows) - len(failures)} rows, {took}{''.join(failures)}", flush=True)
 
 
-def _write(output: Path, rows: Sequence[Row], setting: dict[str, Any]) -> None:
-    results = Results(rows)
-    table = markdown(results, setting)
-    made = {"setting": setting, "goals": [asdict(goal) for goal in goals(results)], "rows": rows}
+def _write_json(output: Path, rows: Sequence[Row], setting: dict[str, Any]) -> None:
+    made = {"setting": setting, "goals": [asdict(goal) for goal in goals(Results(rows))], "rows": rows}
     (output / "results.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_table(output: Path, rows: Sequence[Row], setting: dict[str, Any]) -> None:
+    table = markdown(Results(rows), setting)
     (output / "table.md").write_text(table, encoding="utf-8")
     print(f"\n{table}\nwritten to {output}/: table.md, results.json, log.txt")
 

@@ -28,17 +28,17 @@ class Given:
     @property
     def batches(self) -> tuple[int, ...]:
         """Requests that decode at once."""
-        return (1, 4) if self.rehearse else (1, 16, 64, 256)
+        return (1, 3) if self.rehearse else (1, 16, 64, 256)
 
     @property
     def prompt_count(self) -> int:
         """Tokens of each prompt."""
-        return 8 if self.rehearse else 128
+        return 6 if self.rehearse else 128
 
     @property
     def output_count(self) -> int:
         """Tokens that each request generates."""
-        return 8 if self.rehearse else 256
+        return 5 if self.rehearse else 256
 
     @property
     def step_token_count(self) -> int:

@@ -80,7 +80,7 @@ class _Child:
         self.end()
         rows = [json.loads(line) for line in self._lines()]
         if reason:
-            rows.append({"part": self.job.part, "model": self.job.shape, "error": reason})
+            rows.append({"part": self.job.part, "model": self.job.shape, "failure": reason})
         return [row | {"took_s": round(time.monotonic() - began, 1)} if row is rows[-1] else row for row in rows]
 
     def end(self) -> None:
@@ -111,7 +111,11 @@ def run_jobs(
             left_s = ends_at - time.monotonic()
             if left_s < _LEAST_S:
                 child.end()
-                skipped = {"part": job.part, "model": job.shape, "error": f"left out: {max(left_s, 0):.0f} s were left"}
+                skipped = {
+                    "part": job.part,
+                    "model": job.shape,
+                    "failure": f"left out: {max(left_s, 0):.0f} s were left",
+                }
                 yield job, [skipped]
             else:
                 if number + 1 < len(jobs):

@@ -48,7 +48,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  it is a row like any other; the other parts go on
         traceback.print_exc()
         reason = str(error).strip() or "no reason given"
-        tell({"model": wanted["given"]["shape"], "error": f"{type(error).__name__}: {reason}"})
+        tell({"model": wanted["given"]["shape"], "failure": f"{type(error).__name__}: {reason}"})
         sys.exit(1)
 
 

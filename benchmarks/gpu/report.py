@@ -36,11 +36,11 @@ class Results:
 
     def of(self, *parts: str) -> list[Row]:
         """The rows of these parts that hold figures."""
-        return [row for row in self.rows if row["part"] in parts and "error" not in row]
+        return [row for row in self.rows if row["part"] in parts and "failure" not in row]
 
-    def errors(self) -> list[Row]:
+    def failures(self) -> list[Row]:
         """What failed or was left out."""
-        return [row for row in self.rows if "error" in row]
+        return [row for row in self.rows if "failure" in row]
 
     def decoding(self, way: str, model: str, batch: int) -> Row | None:
         """How a model decoded in one way; of several runs of a way the fastest one counts."""
@@ -101,9 +101,9 @@ def markdown(results: Results, setting: dict[str, Any]) -> str:
     """All of it."""
     head = "Rehearsal of the GPU check: no figure means anything" if setting.get("rehearsal") else "GPU check"
     parts = [f"# {head}, {setting['date'][:10]}", _in_words(setting), _goals_table(goals(results), setting)]
-    if errors := results.errors():
+    if failures := results.failures():
         lines = [_line("part", "what happened"), _line("---", "---")]
-        lines += [_line(f"{row['part']} {row.get('model', '')}".strip(), _one_line(row["error"])) for row in errors]
+        lines += [_line(f"{row['part']} {row.get('model', '')}".strip(), _one_line(row["failure"])) for row in failures]
         parts += ["## Failed or left out", "\n".join(lines)]
     parts += ["## Decoding", _decoding_table(results)]
     for title, rows in (
@@ -111,12 +111,19 @@ def markdown(results: Results, setting: dict[str, Any]) -> str:
         ("Memory", [row for row in results.of("models") if row.get("way") == "memory"]),
         ("Ceilings", results.of("ceilings")),
         ("Kernels", results.of("kernels")),
-        ("Kernel speed", results.of("kernel speed")),
+        ("Kernel speed", [_with_share(row, results.bandwidth) for row in results.of("kernel speed")]),
         ("Tests", results.of("tests")),
     ):
         if rows:
             parts += [f"## {title}", _plain_table(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _with_share(row: Row, bandwidth: float | None) -> Row:
+    """With the share of the bandwidth that was measured, where a kernel tells its own."""
+    if bandwidth is None or "GB/s" not in row:
+        return row
+    return row | {"of the bandwidth": _percent(row["GB/s"] / bandwidth)}
 
 
 def _percent(value: float) -> str:

@@ -81,8 +81,8 @@ REHEARSED = {
     shape.name: shape
     for shape in (
         Shape("8B", "llama", 64, 96, 2, 4, 2, 16, 512, is_tied=False),
-        Shape("3B", "llama", 48, 64, 2, 3, 1, 16, 512, is_tied=True),
-        Shape("0.5B", "qwen2", 56, 64, 2, 7, 1, 8, 512, is_tied=True),
+        Shape("3B", "llama", 48, 64, 1, 3, 1, 16, 512, is_tied=True),
+        Shape("0.5B", "qwen2", 56, 64, 1, 7, 1, 8, 512, is_tied=True),
     )
 }
 
