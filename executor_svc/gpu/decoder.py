@@ -114,10 +114,11 @@ class FusedDecoder:
         x = residual if first is None else rms_norm(residual, first)
         for layer, following in zip(self._layers, (*self._layers[1:], None), strict=True):
             x = self._attend(layer, x, inputs, pool)
-            x = add_rms_norm(x, residual, layer.norm2, layer.after_attention)
-            x = layer.product(x)
-            x = add_rms_norm(x, residual, following.norm1 if following else None, layer.after_product)
-        last = rms_norm(residual.index_select(0, inputs.sampled), self._norm)
+            x = layer.product(add_rms_norm(x, residual, layer.norm2, layer.after_attention))
+            if following is not None:
+                x = add_rms_norm(x, residual, following.norm1, layer.after_product)
+        x, residual = (tensor.index_select(0, inputs.sampled) for tensor in (x, residual))
+        last = add_rms_norm(x, residual, self._norm, self._layers[-1].after_product)
         logits = self._output(last)
         if self._logit_cap:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap

@@ -14,6 +14,7 @@ from executor_svc.attention.layout import KeySource, StepLayout, split_by_length
 from executor_svc.attention.torch_backend import TorchAttention
 from executor_svc.batch import NO_BLOCK, LayerGroup
 from executor_svc.layer_groups import FULL, Visibility
+from tests.executor_svc.attention_reference import naive, scattered_tables, slots_of_rows
 
 BLOCK_SIZE = 4
 
@@ -41,7 +42,7 @@ class Case:
 def attend(case: Case, dtype: torch.dtype = torch.float32, poison: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """What the backend computes and what it should, `[tokens, heads, dim]`; slots that nobody sees hold `poison`."""
     query_lengths, context_lengths = np.array(case.query_lengths), np.array(case.context_lengths)
-    tables = scattered_tables(context_lengths)
+    tables = scattered_tables(context_lengths, BLOCK_SIZE)
     padding_block = int(tables.max()) + 1
     draw = np.random.default_rng(4)
     head_count = case.key_heads * case.group_size
@@ -50,14 +51,15 @@ def attend(case: Case, dtype: torch.dtype = torch.float32, poison: float = 0.0) 
     query = draw.normal(size=(head_count, query_lengths.sum(), case.key_dim))
     sinks = torch.from_numpy(draw.normal(size=head_count)).to(dtype) if case.has_sinks else None
     first_seen = case.visibility.first_key(context_lengths - query_lengths)
-    key_slots = slots_of_rows(tables, context_lengths, case.key_stride)
-    value_slots = slots_of_rows(tables, context_lengths, case.value_stride)
+    key_slots = slots_of_rows(tables, context_lengths, BLOCK_SIZE, case.key_stride)
+    value_slots = slots_of_rows(tables, context_lengths, BLOCK_SIZE, case.value_stride)
     if poison:
         for array, slots in ((keys, key_slots), (values, value_slots)):
             seen = np.concatenate([row[first:] for row, first in zip(slots, first_seen, strict=True)])
             array[np.setdiff1d(np.arange(len(array) * padding_block // (padding_block + 1)), seen)] = poison
     keys, values, query = (torch.from_numpy(array).to(dtype) for array in (keys, values, query))
-    expected = naive(case, query.double(), keys.double(), values.double(), (key_slots, value_slots), sinks)
+    rule = ScoreRule(0.3, case.softcap, sinks)
+    expected = naive(query, keys, values, (key_slots, value_slots), case.query_lengths, case.visibility, rule)
     layout = StepLayout(
         query_lengths,
         context_lengths,
@@ -73,55 +75,9 @@ def attend(case: Case, dtype: torch.dtype = torch.float32, poison: float = 0.0) 
         keys, values = keys[layout.read_slots(0, case.key_stride)], values[layout.read_slots(0, case.value_stride)]
         source = KeySource(0, case.visibility, case.key_heads)
         assert len(keys) == (context_lengths - first_seen).sum() + 1, "more is gathered than is seen"
-    rule = ScoreRule(0.3, case.softcap, sinks)
     backend, parts = TorchAttention(), layout.parts(source)
     backend.attend(torch.randn_like(query), keys, values, parts, rule)  # what its scratch memory keeps is no matter
     return backend.attend(query, keys, values, parts, rule), expected
-
-
-def scattered_tables(context_lengths: np.ndarray) -> np.ndarray:
-    """Block tables in no order. Block 0 belongs to nobody: padding of the tables points at it."""
-    block_counts = -(-context_lengths // BLOCK_SIZE)
-    block_ids = np.random.default_rng(3).permutation(np.arange(1, block_counts.sum() + 1))
-    tables = np.zeros((len(context_lengths), block_counts.max() + 2), dtype=np.int32)
-    for row, ids in enumerate(np.split(block_ids, np.cumsum(block_counts)[:-1])):
-        tables[row, : len(ids)] = ids
-    return tables
-
-
-def slots_of_rows(tables: np.ndarray, context_lengths: np.ndarray, stride: int) -> list[np.ndarray]:
-    """The slot of every position, for each row."""
-    return [
-        table[np.arange(count) // BLOCK_SIZE] * stride + np.arange(count) % BLOCK_SIZE
-        for table, count in zip(tables, context_lengths, strict=True)
-    ]
-
-
-def naive(case, query, keys, values, slots, sinks) -> torch.Tensor:
-    """One query and one head at a time, by the definition."""
-    output, token = [], 0
-    for key_slots, value_slots, query_length in zip(*slots, case.query_lengths, strict=True):
-        for position in range(len(key_slots) - query_length, len(key_slots)):
-            visible = [
-                key_position
-                for key_position in range(position + 1)
-                if (not case.visibility.window or position - key_position < case.visibility.window)
-                and (
-                    not case.visibility.chunk
-                    or position // case.visibility.chunk == key_position // case.visibility.chunk
-                )
-            ]
-            for head in range(len(query)):
-                key_head = head // case.group_size
-                scores = keys[key_slots[visible], key_head] @ query[head, token] * 0.3
-                if case.softcap:
-                    scores = torch.tanh(scores / case.softcap) * case.softcap
-                if sinks is not None:
-                    scores = torch.cat([scores, sinks[head : head + 1].double()])
-                weights = scores.softmax(0)[: len(visible)]
-                output.append(weights @ values[value_slots[visible], key_head])
-            token += 1
-    return torch.stack(output).view(token, len(query), -1)
 
 
 MIXED = Case(query_lengths=(1, 9, 1, 5, 1, 1), context_lengths=(30, 9, 1, 23, 7, 8))
