@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,16 +176,16 @@ def _sampled(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, 
     from executor_svc.gpu.sampling import sample_rows
 
     chosen, finite = torch.full((2, len(logits)), -1, dtype=torch.int64, device=logits.device)
-    sample_rows(logits, _sampling_inputs(batch, logits.device), chosen, finite)
+    sample_rows(logits, _sampling_parameters(batch, logits.device), chosen, finite)
     return chosen, finite
 
 
-def _sampling_inputs(batch: SamplingBatch, device: torch.device) -> Any:
-    from executor_svc.gpu.sampling import SamplingInputs
+def _sampling_parameters(batch: SamplingBatch, device: torch.device) -> Any:
+    from executor_svc.gpu.sampling import SamplingParameters
 
     key = row_keys(batch.seed, batch.choice, batch.output_index)
     numbers = (batch.temperature, batch.top_k.astype(np.int32), batch.top_p, batch.min_p, key)
-    return SamplingInputs(*(torch.from_numpy(one).to(device) for one in numbers))
+    return SamplingParameters(*(torch.from_numpy(one).to(device) for one in numbers))
 
 
 def _sampling_batch(count: int, settings: dict[str, float]) -> SamplingBatch:
@@ -203,9 +204,8 @@ def _sampling_batch(count: int, settings: dict[str, float]) -> SamplingBatch:
 
 def _launches(sizes: _Sizes) -> dict[str, Callable[[], object]]:
     """What a decoding step calls, ready to be called again and again."""
-    from executor_svc.gpu.sampling import sample_rows
-
     from executor_svc.gpu.layer_kernels import Norm, add_rms_norm, gated_product, rotate_and_store
+    from executor_svc.gpu.sampling import sample_rows
 
     norm = Norm(sizes.numbers(sizes.hidden, spread=0.1, middle=1.0), _EPSILON)
     x, residual = (sizes.numbers(sizes.token_count, sizes.hidden) for _ in range(2))
@@ -219,8 +219,9 @@ def _launches(sizes: _Sizes) -> dict[str, Callable[[], object]]:
         "gated product": lambda: gated_product(gate_up, "silu"),
     }
     for name, settings in _FILTERS.items():
-        sampling = _sampling_inputs(_sampling_batch(sizes.token_count, settings), logits.device)
-        launches[name] = lambda sampling=sampling: sample_rows(logits, sampling, chosen, finite)  # type: ignore[misc]
+        parameters = _sampling_parameters(_sampling_batch(sizes.token_count, settings), logits.device)
+        draws = settings["temperature"] > 0  # as a runner knows, too
+        launches[name] = partial(sample_rows, logits, parameters, chosen, finite, draws=draws)
     return launches
 
 
