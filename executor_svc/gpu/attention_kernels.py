@@ -22,7 +22,7 @@ def tile_of(dim):
     return max(16, triton.next_power_of_2(dim))
 
 
-@triton.jit(do_not_specialize=["rows", "tables", "table_starts", "table_offset"])
+@triton.jit(do_not_specialize=["positions", "rows", "tables", "table_starts", "table_offset"])
 def store_kernel(
     key,
     value,
@@ -49,26 +49,25 @@ def store_kernel(
     """Write the key and the value of one token, some of its heads, into its slot."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token)
-    is_owned = row >= 0
     position = tl.load(positions + token)
-    table = tables + tl.load(table_starts + table_offset + row, mask=is_owned, other=0)
-    block = tl.load(table + position // block_size, mask=is_owned, other=0).to(tl.int64)
+    if row < 0:
+        return
+    table = tables + tl.load(table_starts + table_offset + row)
+    block = tl.load(table + position // block_size).to(tl.int64)
     offset = position % block_size
     head = (tl.program_id(1) * head_tile + tl.arange(0, head_tile)).to(tl.int64)[:, None]
 
     column = tl.arange(0, tile_of(key_dim))[None, :]
-    is_written = (head < tl.where(is_owned, key_heads, 0)) & (column < key_dim)
-    new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_written)
-    slot = block * key_stride + offset
-    tl.store(keys + (slot * key_heads + head) * key_dim + column, new.to(keys.dtype.element_ty), mask=is_written)
+    is_in_head = (head < key_heads) & (column < key_dim)
+    new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_in_head)
+    place = ((block * key_stride + offset) * key_heads + head) * key_dim + column
+    tl.store(keys + place, new.to(keys.dtype.element_ty), mask=is_in_head)
 
     column = tl.arange(0, tile_of(value_dim))[None, :]
-    is_written = (head < tl.where(is_owned, value_heads, 0)) & (column < value_dim)
-    new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_written)
-    slot = block * value_stride + offset
-    tl.store(
-        values + (slot * value_heads + head) * value_dim + column, new.to(values.dtype.element_ty), mask=is_written
-    )
+    is_in_head = (head < value_heads) & (column < value_dim)
+    new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_in_head)
+    place = ((block * value_stride + offset) * value_heads + head) * value_dim + column
+    tl.store(values + place, new.to(values.dtype.element_ty), mask=is_in_head)
 
 
 @triton.jit
@@ -179,10 +178,11 @@ def attend_range(
 @triton.jit
 def split_range(first, end, split, split_limit, least_keys, key_tile: tl.constexpr):
     """The part of the keys [first, end) that a split attends to, and how many splits have any; at least one does."""
-    tiles = tl.cdiv(end - first, key_tile)
-    splits = tl.maximum(tl.minimum(split_limit, tl.cdiv(end - first, least_keys)), 1)
-    tiles_each = tl.cdiv(tiles, splits)
-    used = tl.maximum(tl.cdiv(tiles, tl.maximum(tiles_each, 1)), 1)
+    keys = tl.maximum(end - first, 1)
+    tiles = (keys + key_tile - 1) // key_tile
+    splits = tl.minimum(split_limit, (keys + least_keys - 1) // least_keys)
+    tiles_each = (tiles + splits - 1) // splits
+    used = (tiles + tiles_each - 1) // tiles_each
     begin = first + split * tiles_each * key_tile
     return begin, tl.minimum(begin + tiles_each * key_tile, end), used
 
