@@ -148,7 +148,7 @@ def _turned(heads: torch.Tensor) -> torch.Tensor:
 
 def _sampling_row(given: Given, name: str, settings: dict[str, float]) -> Row:
     """Whether each row gets the token that the sampler's rule gives it."""
-    row_count = 4 if given.rehearse else 16
+    row_count = 2 if given.rehearse else 16
     sizes = _Sizes(given, torch.bfloat16, row_count)
     logits, batch = sizes.numbers(row_count, sizes.vocabulary_size, spread=4.0), _sampling_batch(row_count, settings)
     chosen, finite = _sampled(logits, batch)
