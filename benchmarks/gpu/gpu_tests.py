@@ -20,7 +20,18 @@ def run(given: Given, tell: Tell) -> None:
 
     The settings of the other tests are left out: they name plugins that a machine with a GPU may not have.
     """
-    words = ["-m", "gpu", "-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    words = [
+        "-m",
+        "gpu",
+        "-c",
+        os.devnull,
+        f"--rootdir={ROOT}",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--tb=short",
+        "--continue-on-collection-errors",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", _FOLDER, *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
