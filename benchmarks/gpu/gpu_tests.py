@@ -20,24 +20,25 @@ def run(given: Given, tell: Tell) -> None:
 
     The settings of the other tests are left out: they name plugins that a machine with a GPU may not have.
     """
-    words = [
-        "-m",
-        "gpu",
-        "-c",
-        os.devnull,
-        f"--rootdir={ROOT}",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--tb=short",
-        "--continue-on-collection-errors",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", _FOLDER, *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    print(done.stdout, done.stderr, flush=True)
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
+    words = [*("-m", "gpu", "-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-v", "--tb=short")]
+    words += ["--continue-on-collection-errors"]  # of files without a test that is wanted here
+    said = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "pytest", _FOLDER, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)  # the log has it, should there be no time for all of them
+            said.append(line)
+    counts = {
+        word: int(count)
+        for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", said[-1] if said else "")
+    }
     tell({"passed": counts.get("passed", 0), "failed": counts.get("failed", 0), "skipped": counts.get("skipped", 0)})
-    if done.returncode not in (0, _NONE_COLLECTED):
-        said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        raise BenchmarkError(f"pytest ended with {done.returncode}: {'; '.join(said) or done.stderr.strip()[-200:]}")
+    if process.returncode not in (0, _NONE_COLLECTED):
+        wrong = [line.strip() for line in said if line.startswith(("FAILED", "ERROR"))]
+        raise BenchmarkError(f"pytest ended with {process.returncode}: {'; '.join(wrong or said[-1:])}")

@@ -13,6 +13,7 @@ _DECODING = (
     *("model", "batch", "tokens/s in process", "step, ms", "of the bound", "idle"),
     *("tokens/s, whole system", "of the bound", "idle", "of in process", "transformers", "times it"),
 )
+_UNSHOWN = ("part", "way", "took_s")
 _BOUND, _AGAINST, _IDLE, _OVER = 0.8, 1.5, 0.02, 0.02
 _MODEL, _LARGEST_BATCH = "8B", 64  # what the goals of decoding are about
 
@@ -115,7 +116,7 @@ def markdown(results: Results, setting: dict[str, Any]) -> str:
         ("Tests", results.of("tests")),
     ):
         if rows:
-            parts += [f"## {title}", _plain_table(rows)]
+            parts += [f"## {title}", _plain_tables(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -203,17 +204,22 @@ def _shown(value: float | None, form: str) -> str:
     return NOTHING if value is None else format(value, form)
 
 
-def _plain_table(rows: Sequence[Row]) -> str:
-    """Every column that one of the rows has, as it is."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("part", "way")]
-    lines = [_line(*names), _line(*["---"] * len(names))]
-    return "\n".join(lines + [_line(*(_plain(row.get(name)) for name in names)) for row in rows])
+def _plain_tables(rows: Sequence[Row]) -> str:
+    """Rows as they are, a table for each set of columns."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(name for name in row if name not in _UNSHOWN), []).append(row)
+    tables = []
+    for names, group in groups.items():
+        lines = [_line(*names), _line(*["---"] * len(names))]
+        tables.append("\n".join(lines + [_line(*(_plain(row[name]) for name in names)) for row in group]))
+    return "\n\n".join(tables)
 
 
 def _plain(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else _one_line(str(value))
+    if not isinstance(value, float):
+        return _one_line(str(value))
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _one_line(text: str) -> str:

@@ -48,6 +48,8 @@ ROWS = [
     {"part": "tests", "passed": 12, "failed": 0, "skipped": 0},
     {"part": "kernels", "name": "norm", "error": 2e-8, "limit": 1e-6, "is_right": True},
     {"part": "kernels", "name": "product", "error": 0.2, "limit": 1e-2, "is_right": False},
+    {"part": "kernel speed", "name": "decode", "GB/s": 3600.0},
+    {"part": "kernel speed", "name": "prompt", "TFLOP/s": 400.0, "took_s": 3.0},
     {"part": "kernels", "failure": "it had 60 s and was not done"},
 ]
 
@@ -105,6 +107,8 @@ def test_the_table_has_every_figure_in_its_place_and_says_what_is_missing():
     )
     assert "| 8B | 64 | 12,800 | 5.00 | 80.0% | 1.0% | 12,308 | 76.9% | 3.0% | 96.2% | – | – |" in table
     assert "| kernels | it had 60 s and was not done |" in table
+    assert "| name | GB/s | of the bandwidth |\n| --- | --- | --- |\n| decode | 3,600 | 90.0% |" in table
+    assert "| name | TFLOP/s |\n| --- | --- |\n| prompt | 400 |" in table
     assert "| norm | 2e-08 | 1e-06 | True |" in table
     assert "device NVIDIA H200" in table
     assert "met" not in markdown(Results(ROWS), SETTING | {"rehearsal": True}).partition("## Decoding")[0].split()
