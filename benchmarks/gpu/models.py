@@ -9,10 +9,14 @@ from benchmarks.figures import Answer
 from benchmarks.gpu.given import IN_PROCESS, SERVED, Given, Row, Tell
 from benchmarks.gpu.shapes import Shape, serving_folder, shape_of
 from benchmarks.gpu.steady import Steady, jobs_of
+from benchmarks.gpu.step_kernels import tell_kernels
 from benchmarks.workloads import Job, Workload
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig
 from paceline.internal.v1 import executor_pb2 as pb
+
+
+_TAKEN_APART = "8B"  # the model whose steps are shown kernel by kernel
 
 
 def run(given: Given, tell: Tell) -> None:
@@ -47,6 +51,8 @@ def run(given: Given, tell: Tell) -> None:
     serve(runner, config, workloads, log, on_answers)
     if given.device != "cpu":
         tell(_memory_row(given, config))
+    if given.shape == _TAKEN_APART:
+        tell_kernels(given, shape, runner, tell)
 
 
 def executor_config(given: Given, model: str) -> ExecutorConfig:

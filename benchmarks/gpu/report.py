@@ -1,4 +1,4 @@
-"""What was found, as Markdown: the goals first, then a table for each part."""
+"""What was found, as Markdown: a table for each part, then the goals."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Results:
         return pair[0]["tokens_per_s"] / pair[1]["tokens_per_s"] if pair[0] and pair[1] else None
 
     def batches(self) -> list[tuple[str, int]]:
-        """Models and batch sizes that there are rows for."""
+        """Models and batch sizes that decoded."""
         return sorted(
-            {(row["model"], row["batch"]) for row in self.of("models", "transformers") if "batch" in row},
+            {(row["model"], row["batch"]) for row in self.of("models", "transformers") if "tokens_per_s" in row},
             key=lambda pair: (-float(pair[0].rstrip("B")), pair[1]),
         )
 
@@ -99,25 +99,25 @@ def goals(results: Results) -> list[Goal]:
 
 
 def markdown(results: Results, setting: dict[str, Any]) -> str:
-    """All of it."""
+    """All of it; what matters most comes last, where a terminal and a log that is cut off show it."""
     head = "Rehearsal of the GPU check: no figure means anything" if setting.get("rehearsal") else "GPU check"
-    parts = [f"# {head}, {setting['date'][:10]}", _in_words(setting), _goals_table(goals(results), setting)]
+    parts = [f"# {head}, {setting['date'][:10]}", _in_words(setting)]
+    for title, rows in (
+        ("Ceilings", results.of("ceilings")),
+        ("Kernels", results.of("kernels")),
+        ("Kernel speed", [_with_share(row, results.bandwidth) for row in results.of("kernel speed")]),
+        ("Starts", [row for row in results.of("models") if row.get("way") == "start"]),
+        ("Where a step goes", [row for row in results.of("models") if row.get("way") == "step"]),
+        ("Memory", [row for row in results.of("models") if row.get("way") == "memory"]),
+    ):
+        if rows:
+            parts += [f"## {title}", _plain_tables(rows)]
+    parts += ["## Decoding", _decoding_table(results)]
     if failures := results.failures():
         lines = [_line("part", "what happened"), _line("---", "---")]
         lines += [_line(f"{row['part']} {row.get('model', '')}".strip(), _one_line(row["failure"])) for row in failures]
         parts += ["## Failed or left out", "\n".join(lines)]
-    parts += ["## Decoding", _decoding_table(results)]
-    for title, rows in (
-        ("Starts", [row for row in results.of("models") if row.get("way") == "start"]),
-        ("Memory", [row for row in results.of("models") if row.get("way") == "memory"]),
-        ("Ceilings", results.of("ceilings")),
-        ("Kernels", results.of("kernels")),
-        ("Kernel speed", [_with_share(row, results.bandwidth) for row in results.of("kernel speed")]),
-        ("Tests", results.of("tests")),
-    ):
-        if rows:
-            parts += [f"## {title}", _plain_tables(rows)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, "## Goals", _goals_table(goals(results), setting)]) + "\n"
 
 
 def _with_share(row: Row, bandwidth: float | None) -> Row:

@@ -111,7 +111,7 @@ def test_the_table_has_every_figure_in_its_place_and_says_what_is_missing():
     assert "| name | TFLOP/s |\n| --- | --- |\n| prompt | 400 |" in table
     assert "| norm | 2e-08 | 1e-06 | True |" in table
     assert "device NVIDIA H200" in table
-    assert "met" not in markdown(Results(ROWS), SETTING | {"rehearsal": True}).partition("## Decoding")[0].split()
+    assert "met" not in markdown(Results(ROWS), SETTING | {"rehearsal": True}).partition("## Goals")[2].split()
 
 
 @pytest.mark.parametrize("name", list(REHEARSED))
@@ -148,11 +148,12 @@ def test_a_model_decodes_in_process_and_through_the_whole_system(tmp_path):
     rows: list[dict] = []
     models.run(given(tmp_path, "8B"), rows.append)
 
-    assert [(row["way"], row.get("batch")) for row in rows] == [
+    assert [(row["way"], row.get("batch")) for row in rows if row["way"] != "step"] == [
         ("start", None), (IN_PROCESS, 1), (IN_PROCESS, 3), (SERVED, 1), (SERVED, 3),
     ]  # fmt: skip
     assert rows[0]["mode"] == "packed"
-    for row in rows[1:]:
+    assert all(row["kernel"] and row["µs a step"] > 0 for row in rows if row["way"] == "step")
+    for row in rows[1:5]:
         assert row["tokens_per_s"] == pytest.approx(1000 * row["batch"] / row["step_ms"], rel=1e-3)
         assert row["step_bytes"] > REHEARSED["8B"].step_weight_bytes
         assert 6 < row["context"] < 11
