@@ -66,22 +66,28 @@ class _Child:
     def run(self, limit_s: float) -> list[Row]:
         """Let it begin; returns its rows, and why there are no more if it did not come to its end."""
         began = time.monotonic()
+        try:
+            reason = self._wait(limit_s)
+        finally:
+            self.end()
+        rows = [json.loads(line) for line in self._lines()]
+        if reason and not any("failure" in row for row in rows):  # else it has told more itself
+            rows.append({"part": self.job.part, "model": self.job.shape, "failure": reason})
+        if rows:
+            rows[-1]["took_s"] = round(time.monotonic() - began, 1)
+        return rows
+
+    def _wait(self, limit_s: float) -> str:
+        """Why it did not come to its end; empty if it did."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and its rows say why
             self._process.stdin.write(b"now\n")
             self._process.stdin.flush()
-        reason = ""
         try:
             code = self._process.wait(limit_s)
-            if code < 0 or (code and not self._rows.exists()):
-                reason = f"its process ended with {code}"
         except subprocess.TimeoutExpired:
-            reason = f"it had {limit_s:.0f} s and was not done"
-        self.end()
-        rows = [json.loads(line) for line in self._lines()]
-        if reason:
-            rows.append({"part": self.job.part, "model": self.job.shape, "failure": reason})
-        return [row | {"took_s": round(time.monotonic() - began, 1)} if row is rows[-1] else row for row in rows]
+            return f"it had {limit_s:.0f} s and was not done"
+        return f"its process ended with {code}" if code else ""
 
     def end(self) -> None:
         """Leave nothing of it running."""

@@ -15,7 +15,6 @@ from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig
 from paceline.internal.v1 import executor_pb2 as pb
 
-
 _TAKEN_APART = "8B"  # the model whose steps are shown kernel by kernel
 
 
