@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from benchmarks.gpu.given import Given, Tell
 
 _WARM_UP, _TURNS = 3, 10
@@ -14,8 +16,6 @@ _WARM_UP, _TURNS = 3, 10
 
 def run(given: Given, tell: Tell) -> None:
     """Copy some gigabytes, read some, and multiply large matrices."""
-    import torch
-
     byte_count = 1 << 20 if given.rehearse else 8 << 30
     size = f"{byte_count >> 20:,} MiB"
     source = torch.randn(byte_count // 4, device=given.device)
@@ -34,8 +34,6 @@ def run(given: Given, tell: Tell) -> None:
 
 def median_s(run_once: Callable[[], object], device: str, turns: int = _TURNS) -> float:
     """Seconds that it takes on the device, the median of some turns after others that do not count."""
-    import torch
-
     for _ in range(_WARM_UP):
         run_once()
     if device == "cpu":

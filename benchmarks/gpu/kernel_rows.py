@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu import layer_checks
+from benchmarks.gpu import kernels, layer_checks
 from benchmarks.gpu.given import Given, Tell
 
 
 def run(given: Given, tell: Tell) -> None:
     """Check them; those of attention come last, because they are many."""
-    from benchmarks.gpu import kernels
-
     layer_checks.check(given, tell)
     for row in kernels.check(given.device, given.rehearse):
         tell(row)

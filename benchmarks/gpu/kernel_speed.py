@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu import layer_checks
+from benchmarks.gpu import kernels, layer_checks
 from benchmarks.gpu.given import Given, Tell
 
 
 def run(given: Given, tell: Tell) -> None:
     """Time them; those of attention first, because they are what long contexts cost."""
-    from benchmarks.gpu import kernels
-
     for row in kernels.speed(given.device, given.rehearse):
         tell(row)
     layer_checks.speed(given, tell)

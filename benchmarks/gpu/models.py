@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 from benchmarks.figures import Answer
 from benchmarks.gpu.given import IN_PROCESS, SERVED, Given, Row, Tell
+from benchmarks.gpu.served import serve
 from benchmarks.gpu.shapes import Shape, serving_folder, shape_of
 from benchmarks.gpu.steady import Steady, jobs_of
 from benchmarks.gpu.step_kernels import tell_kernels
+from benchmarks.offline import Engine
 from benchmarks.workloads import Job, Workload
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig
+from executor_svc.main import load_runner
 from paceline.internal.v1 import executor_pb2 as pb
 
 _TAKEN_APART = "8B"  # the model whose steps are shown kernel by kernel
@@ -20,10 +23,6 @@ _TAKEN_APART = "8B"  # the model whose steps are shown kernel by kernel
 
 def run(given: Given, tell: Tell) -> None:
     """Load one model, and let it decode at every batch size, first without and then with everything around it."""
-    from benchmarks.gpu.served import serve
-    from benchmarks.offline import Engine
-    from executor_svc.main import load_runner
-
     shape = shape_of(given.shape, given.rehearse)
     began = time.perf_counter()
     folder = serving_folder(shape, given.folder, given.device)

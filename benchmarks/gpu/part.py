@@ -25,8 +25,7 @@ MODULES = {
     "transformers": "benchmarks.gpu.peers",
     "tests": "benchmarks.gpu.gpu_tests",
 }
-_SLOW_IMPORTS = ("torch", "transformers", "executor_svc.torch_runner")
-_IMPORT_THEMSELVES = ("setting", "tests")  # the one tells what cannot be imported, the other runs in another process
+_IMPORTED_LATE = {"models": "executor_svc.torch_runner", "transformers": "transformers"}  # by what the modules call
 
 
 def main() -> None:
@@ -40,8 +39,8 @@ def main() -> None:
 
     try:
         module = importlib.import_module(MODULES[wanted["part"]])
-        for name in _SLOW_IMPORTS if wanted["part"] not in _IMPORT_THEMSELVES else ():
-            importlib.import_module(name)
+        if wanted["part"] in _IMPORTED_LATE:
+            importlib.import_module(_IMPORTED_LATE[wanted["part"]])
         if not sys.stdin.readline():
             return  # nobody wants it any more
         module.run(Given(**wanted["given"] | {"folder": Path(wanted["given"]["folder"])}), tell)
