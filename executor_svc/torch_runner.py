@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # kernels need Triton, which a CPU can do without
 
 log = structlog.get_logger()
 
+_LEAST_CAPABILITY = (8, 0)
+
 __all__ = ["StepError", "TorchRunner", "thread_count"]
 
 
@@ -178,7 +180,9 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
     """The attention that reads block tables on the device; None: it is left to torch. Raises `ModelError`."""
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return None
-    if device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    if device.type == "cuda":
+        _check_capability(name, device)
+    elif not os.environ.get("TRITON_INTERPRET"):
         raise ModelError(
             f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
             "TRITON_INTERPRET=1 to try kernels out very slowly"
@@ -191,6 +195,18 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
             "this torch, or choose --attention torch"
         ) from error
     return TritonAttention(device)
+
+
+def _check_capability(name: str, device: torch.device) -> None:
+    if torch.version.hip:
+        log.warning("kernels have never been run on a GPU of this kind; --attention torch does without them", rocm=True)
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise ModelError(
+            f"attention '{name}' needs compute capability 8.0 (Ampere) or later and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; choose --attention torch"
+        )
 
 
 def _pool(loaded: LoadedModel, geometry: PoolGeometry, count: int) -> PagedPool:
@@ -248,6 +264,8 @@ def _check_file(
             "device": device.type,
             "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
             "native_library": library_key() if threads[1] else "",
+            "attention": config.attention,
+            "native": config.native,
             "threads": list(threads),
             "max_model_len": config.max_model_len,
             "block_size": config.block_size,

@@ -1,7 +1,7 @@
 """Kernels that are interpreted take milliseconds for what takes a GPU none: everything here is small."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,13 +9,14 @@ import pytest
 triton = pytest.importorskip("triton")
 
 
-@pytest.fixture(autouse=True)
-def short_self_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="session")
+def short_self_test() -> Iterator[None]:
     """A start tests fewer tokens; the tests themselves compare with transformers."""
     schedule = ((5, 4), (3, 1), (1, 1))
-    monkeypatch.setattr("executor_svc.self_test._SCHEDULE", schedule)
-    monkeypatch.setattr("executor_svc.self_test._LENGTHS", tuple(map(sum, zip(*schedule, strict=True))))
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("executor_svc.self_test._SCHEDULE", schedule)
+        patch.setattr("executor_svc.self_test._LENGTHS", tuple(map(sum, zip(*schedule, strict=True))))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,8 +34,10 @@ def quick_interpreter() -> Iterator[None]:
         active.append(_Scopes([prepare(function), prepare(triton.language.standard.cdiv.fn)], active))
         return active[0]
 
+    builder = interpreter.interpreter_builder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))  # the other half
         yield
 
 
