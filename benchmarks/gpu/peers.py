@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.figures import Answer
 from benchmarks.gpu.given import PEER, Given, Tell
-from benchmarks.gpu.shapes import serving_folder, shape_of
+from benchmarks.gpu.shapes import Shape, serving_folder, shape_of
 from benchmarks.gpu.steady import Steady, jobs_of
 from benchmarks.peers.transformers_peer import NO_TOKEN, PADDING, PAGE, Continuous
 from benchmarks.workloads import Job
@@ -23,25 +23,30 @@ def run(given: Given, tell: Tell) -> None:
     shape = shape_of(given.shape, given.rehearse)
     model = _load(serving_folder(shape, given.folder, given.device), given)
     for name, graphs in _WAYS.items():
-        if given.device == "cpu" and graphs:
-            continue
-        with _continuous(model, given, graphs) as ask:
-            ask([Job([1, 2, 3], 4)])
-            for count in given.batches:
-                jobs = jobs_of(count, given.prompt_count, _output_count(given, count), shape.vocabulary_size, name)
-                answers: list[Answer] = ask(jobs)
-                steady = Steady.of(answers)
-                tell(
-                    {
-                        "model": given.shape,
-                        "way": PEER,
-                        "batch": count,
-                        "how": f"{model.config._attn_implementation.rpartition('|')[2]}, {name}",
-                        "tokens_per_s": round(steady.tokens_per_s, 2),
-                        "step_ms": round(1000 * count / steady.tokens_per_s, 4),
-                        "context": round(steady.mean_context, 1),
-                    }
-                )
+        try:
+            _decode(model, given, shape, name, graphs, tell)
+        except Exception as error:  # noqa: BLE001  one way may need more memory than there is; the other goes on
+            tell({"model": given.shape, "failure": f"{name}: {type(error).__name__}: {error}"})
+
+
+def _decode(model: Any, given: Given, shape: Shape, name: str, graphs: bool | None, tell: Tell) -> None:
+    with _continuous(model, given, graphs) as ask:
+        ask([Job([1, 2, 3], 4)])
+        for count in given.batches:
+            jobs = jobs_of(count, given.prompt_count, _output_count(given, count), shape.vocabulary_size, name)
+            answers: list[Answer] = ask(jobs)
+            steady = Steady.of(answers)
+            tell(
+                {
+                    "model": given.shape,
+                    "way": PEER,
+                    "batch": count,
+                    "how": f"{model.config._attn_implementation.rpartition('|')[2]}, {name}",
+                    "tokens_per_s": round(steady.tokens_per_s, 2),
+                    "step_ms": round(1000 * count / steady.tokens_per_s, 4),
+                    "context": round(steady.mean_context, 1),
+                }
+            )
 
 
 def _output_count(given: Given, count: int) -> int:
