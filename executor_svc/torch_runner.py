@@ -112,15 +112,21 @@ class TorchRunner:
         step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
         geometry = loaded.steps.traits.geometry(config.block_size)
         if loaded.steps.reads_inputs:
-            step_bytes += bytes_kept_by(device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config))
-        progress("making the cache", 0.8)
+            trial = _within(progress, 0.72, 0.85)  # the first start compiles kernels here
+            step_bytes += bytes_kept_by(
+                device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config, trial)
+            )
+        progress("making the cache", 0.85)
         budget = config.cache_memory_bytes or (
             host_cache_budget(available, step_bytes)
             if device.type == "cpu"
             else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         )
         pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
-        device_steps = _device_steps(loaded, pool, config, progress) if loaded.steps.reads_inputs else None
+        told = _within(progress, 0.87, 1.0)
+        device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # steps run on a stream of their own, which waits for nothing of this
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
@@ -209,13 +215,16 @@ def _check_capability(name: str, device: torch.device) -> None:
         )
 
 
+def _within(progress: Progress, start: float, end: float) -> Progress:
+    """Tell `progress` of a part of the whole, from `start` to `end`."""
+    return lambda phase, share: progress(phase, start + (end - start) * share)
+
+
 def _pool(loaded: LoadedModel, geometry: PoolGeometry, count: int) -> PagedPool:
     return PagedPool(geometry, count, loaded.steps.traits.cache_dtype, loaded.steps.device)
 
 
-def _device_steps(
-    loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress = lambda _phase, _share: None
-) -> DeviceSteps:
+def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress) -> DeviceSteps:
     """Steps over `pool`, recorded where that is wanted and can be done."""
     from executor_svc.gpu.queue import queue_for
     from executor_svc.gpu.steps import DeviceSteps, InputsModel, StepLimits
@@ -226,7 +235,7 @@ def _device_steps(
     steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
     if config.graphs:
         try:
-            steps.record(lambda phase, share: progress(phase, 0.85 + 0.15 * share))
+            steps.record(progress)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
