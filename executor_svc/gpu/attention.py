@@ -21,7 +21,7 @@ STORED_AT_ONCE = 2048  # numbers that one program of the store kernel writes
 SPLIT_LIMIT = 64  # splits of one row: what they attended has to be put together
 PROGRAMS_PER_CORE = 16  # that decodes should come to: rows of unequal length then even out
 CROWDED = 64  # programs per core without any split from which on rows are not split
-LEAST_KEYS = 256  # that are worth a split of their own
+LEAST_KEYS = 128  # that are worth a split of their own: two tiles of most models' keys
 
 
 class Tiles(NamedTuple):

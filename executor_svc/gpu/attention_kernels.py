@@ -223,10 +223,11 @@ def decode_kernel(
     """Attend from the only token of one row, the query heads of one key head, to one split of its keys."""
     key_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     split_limit = tl.num_programs(1)
-    token = tl.load(row_starts + row).to(tl.int64)
-    if tl.load(row_starts + row + 1) != token + 1:
-        return
+    token, row_end = tl.load(row_starts + row).to(tl.int64), tl.load(row_starts + row + 1)
     context = tl.load(contexts + row)
+    table = tables + tl.load(table_starts + table_offset + row)
+    if row_end != token + 1:  # only now: what comes after it waits for it
+        return
     first = first_seen(context - 1, window, chunk)
     begin, end, used = split_range(first, context, split, split_limit, least_keys, key_tile)
     if split >= used:
@@ -255,7 +256,7 @@ def decode_kernel(
         end,
         keys + key_head * key_dim,
         values + key_head * value_dim,
-        tables + tl.load(table_starts + table_offset + row),
+        table,
         key_stride,
         value_stride,
         scale,
@@ -300,13 +301,11 @@ def combine_kernel(
 ):
     """Put together what the splits of one decoding row attended, one query head; always in the same order."""
     head, row = tl.program_id(0), tl.program_id(1)
-    token = tl.load(row_starts + row).to(tl.int64)
-    if tl.load(row_starts + row + 1) != token + 1:
-        return
+    token, row_end = tl.load(row_starts + row).to(tl.int64), tl.load(row_starts + row + 1)
     context = tl.load(contexts + row)
     first = first_seen(context - 1, window, chunk)
     _, _, used = split_range(first, context, 0, split_limit, least_keys, key_tile)
-    if used == 1:
+    if (used == 1) | (row_end != token + 1):
         return
     part = (row.to(tl.int64) * tl.num_programs(0) + head) * split_limit
     column = tl.arange(0, tile_of(value_dim))

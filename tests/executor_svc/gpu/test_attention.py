@@ -157,6 +157,7 @@ CASES = {
     "chunks": Case(visibility=CHUNKS),
     "chunks of decodes": replace(DECODES, visibility=Visibility(chunk=24)),
     "softcap": Case(softcap=0.7),
+    "softcap far above the scores": Case(softcap=100.0),
     "sinks": Case(has_sinks=True),
     "softcap, sinks and window": Case(softcap=0.7, has_sinks=True, visibility=WINDOW),
     "softcap, sinks and decodes": replace(DECODES, softcap=0.7, has_sinks=True),
@@ -245,7 +246,7 @@ def test_stores_each_token_in_its_slot_and_padding_nowhere(case):
 
 @pytest.mark.parametrize(
     ("row_count", "splits"),
-    [(1, Splits(64, 256)), (16, Splits(17, 256)), (64, Splits(5, 512)), (256, Splits(4, 2048)), (2048, Splits(1, 1))],
+    [(1, Splits(64, 128)), (16, Splits(17, 128)), (64, Splits(5, 256)), (256, Splits(4, 1024)), (2048, Splits(1, 1))],
 )
 def test_rows_are_split_by_what_the_batch_leaves_idle(row_count, splits):
     """One long row alone must use the whole device; among many, splitting it only costs. Eight key heads on an H200."""
