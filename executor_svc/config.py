@@ -53,8 +53,8 @@ class ExecutorConfig:
     that library is installed). `auto`: `triton` on a GPU, else `torch`."""
 
     graphs: bool = True
-    """Whether a GPU records steps that only decode, for so many requests each, and replays them: launching every kernel
-    of a small step takes longer than computing it."""
+    """Whether a GPU records steps that decode or are small, each for so many tokens, and replays them: launching every
+    kernel of a small step takes longer than computing it."""
 
     tensor_parallel: int = 1
     """GPUs that share one model too large for one of them, the first ones that the process sees. Each gets a process of

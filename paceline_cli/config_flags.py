@@ -79,7 +79,7 @@ _FLAGS = {
     "attention": _flag(
         "--attention", _MODEL, "torch, triton or flashinfer; auto takes triton on a GPU.", metavar="BACKEND"
     ),
-    "graphs": _flag("--graphs/--no-graphs", _MODEL, "On a GPU: record decoding steps once and replay them."),
+    "graphs": _flag("--graphs/--no-graphs", _MODEL, "On a GPU: record decoding and small steps once and replay them."),
     "tensor_parallel": _count("--tensor-parallel", _MODEL, "GPUs that share one model."),
     "max_model_len": _count("--max-model-len", _MODEL, "Tokens of prompt and output together; 0: the model's.", 0),
     "block_size": _count("--block-size", _MODEL, "Tokens of one cache block, a power of two."),
