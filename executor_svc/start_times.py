@@ -16,6 +16,7 @@ Progress = Callable[[str, float], None]
 _FIELDS = {  # how a phase begins to be called while it lasts -> in the log
     "importing": "imports_s",
     "starting the ranks": "ranks_s",
+    "waiting": "waiting_s",
     "reading the configuration": "configuration_s",
     "building steps in C++": "build_s",
     "loading the weights": "weights_s",

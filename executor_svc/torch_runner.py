@@ -40,6 +40,7 @@ from executor_svc.sizing import (
     run_largest_step,
     taken_bytes,
 )
+from executor_svc.sole_start import sole_start
 from executor_svc.start_times import Progress
 
 if TYPE_CHECKING:  # kernels need Triton, which a CPU can do without
@@ -87,6 +88,13 @@ class TorchRunner:
             ModelError: the model or the settings cannot be served; the message says what to change.
         """
         device = choose_device(config.device)
+        with sole_start(device, progress):
+            return cls._load(config, device, progress, group)
+
+    @classmethod
+    def _load(
+        cls, config: ExecutorConfig, device: torch.device, progress: Progress, group: RankGroup | None
+    ) -> TorchRunner:
         config = config.sized_for(device.type)
         dtype = choose_dtype(config.dtype, device)
         threads = thread_count(config.threads, device)
