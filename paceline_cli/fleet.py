@@ -357,8 +357,8 @@ def _succeeds(other: pb.Executor, executor: pb.Executor, names: set[str]) -> boo
 
 def _table(executors: Any) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("executor", "state", "requests", "free blocks", "reusable", "step", "step time", "idle"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("executor", "state") else "right")
+    for name in ("executor", "state", "requests", "free blocks", "reusable", "step", "step time", "idle", "mode"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("executor", "state", "mode") else "right")
     for executor in executors:
         table.add_row(*_cells(executor))
     return table
@@ -376,6 +376,7 @@ def _cells(executor: pb.Executor) -> tuple[Text | str, ...]:
         f"{executor.step:,}",
         f"{executor.step_us / 1000:.3g} ms" if executor.step_us else "–",
         f"{executor.idle_share:.1%}",
+        Text(executor.model.mode),
     )
 
 

@@ -239,6 +239,7 @@ async def test_the_fleet_is_shown_as_a_table():
     first, second, state = (line for line in result.stdout.splitlines() if line and "executor " not in line)
     assert first.split()[:2] == ["e0", "ready"]
     assert "64 of 64" in second
+    assert second.split()[-1] == "fake"  # how its steps run: that a GPU was not found shows here first
     assert "0 requests waiting" in state
     assert "journal off: what is accepted dies with the scheduler" in state
 

@@ -170,7 +170,9 @@ class ExecutorModel(_message.Message):
     `bfloat16 with int8 weights` where the matrices are rounded to that.
     """
     mode: _builtins.str
-    """How the executor runs it, for people: `native` (in C++), `packed` (in torch), `fake`."""
+    """How the executor runs it, for people: `native` (in C++), `fused` (in kernels for a GPU),
+    `packed` (in torch), `fake`.
+    """
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids with which the model ends its answer."""
