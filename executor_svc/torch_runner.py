@@ -140,6 +140,11 @@ class TorchRunner:
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
 
+    @property
+    def recorded_count(self) -> int:
+        """Shapes of steps that are recorded; 0 where there is no GPU, or where they could not be."""
+        return self._device_steps.recorded_count if self._device_steps is not None else 0
+
     def launch(self, batch: StepBatch) -> Launched:
         """Begin the step where it runs by itself; else compute it now. Raises what `run` does."""
         if self._device_steps is not None:

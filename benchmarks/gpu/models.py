@@ -96,6 +96,7 @@ def _start_row(given: Given, runner: Runner, making_s: float, loading_s: float) 
         "model": given.shape,
         "way": "start",
         "mode": info.mode,
+        "recorded": getattr(runner, "recorded_count", 0),  # shapes: without any, each step waits for its host
         "dtype": info.dtype,
         "attention": given.attention,
         "making_s": round(making_s, 1),

@@ -72,6 +72,11 @@ class DeviceSteps:
                 self._forward(shape)  # compiles and loads what it needs
                 self._recorded[shape] = self.queue.record(partial(self._forward, shape))
 
+    @property
+    def recorded_count(self) -> int:
+        """Shapes that are replayed; 0 where every step is launched kernel by kernel."""
+        return len(self._recorded)
+
     def forget_recorded(self) -> None:
         """Launch every step kernel by kernel again."""
         self._recorded.clear()

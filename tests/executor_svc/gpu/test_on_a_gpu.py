@@ -47,6 +47,8 @@ def test_gives_the_tokens_of_generate_in_recorded_steps(tmp_path, architecture):
     asked = requests()
     drive(runner, asked)
 
+    assert runner.info.mode == ("packed" if architecture == "gpt_oss" else "fused")
+    assert runner.recorded_count  # where nothing could be recorded it is launched instead, and gives the same tokens
     assert_generated(build_model(architecture), asked)
 
 
@@ -74,12 +76,15 @@ def test_recorded_steps_choose_what_launched_ones_and_a_cpu_choose(tmp_path):
     """A seed gives the same text on every executor, whatever it runs on."""
     folder = save_serving_folder("llama", tmp_path / "model")
     settings = [{}, {"graphs": False}, {"attention": "torch"}, {"device": "cpu", "attention": "torch", "native": False}]
-    outputs = []
+    outputs, recorded = [], []
     for changes in settings:
         asked = requests(temperature=0.9, top_k=40, top_p=0.95, seed=5)
-        drive(load(folder, **changes), asked)
+        runner = load(folder, **changes)
+        drive(runner, asked)
         outputs.append([one.output_ids for one in asked])
+        recorded.append(bool(runner.recorded_count))
 
+    assert recorded == [True, False, False, False]
     assert outputs[1:] == outputs[:1] * 3
 
 
