@@ -417,7 +417,7 @@ def _trial(run: Callable[[], _T]) -> _T:
     """Run a part of the self-test; whatever a model's own code raises there speaks against packed mode."""
     try:
         return run()
-    except (UnpackableError, MemoryError, torch.OutOfMemoryError):
+    except (UnpackableError, ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnpackableError(f"its own code fails there with {type(error).__name__}: {error}") from error

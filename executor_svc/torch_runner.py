@@ -90,7 +90,7 @@ class TorchRunner:
         paged = paged_attention(config.attention, device)
         is_native = device.type == "cpu" and config.native and paged is None
         native_threads = (config.threads or usable_core_count()) if is_native else 0
-        check_file = _check_file(config, device, dtype, (threads, native_threads))
+        check_file = _check_file(config, device, dtype, (threads, native_threads), paged)
         kept = check_file.read() if config.keep_checks else None
         taken_at_start = taken_bytes(device)
         loaded = load_model(
@@ -190,6 +190,10 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
             f"attention '{name}' needs Triton, which is not installed: {error}; install the triton that belongs to "
             "this torch, or choose --attention torch"
         ) from error
+    if name == "flashinfer":
+        from executor_svc.gpu.flashinfer_attention import FlashInferAttention
+
+        return FlashInferAttention(device)
     return TritonAttention(device)
 
 
@@ -211,7 +215,7 @@ def _device_steps(
     if config.graphs:
         try:
             steps.record(lambda phase, share: progress(phase, 0.85 + 0.15 * share))
-        except torch.OutOfMemoryError:
+        except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
             log.warning("steps are launched kernel by kernel: they cannot be recorded", reason=str(error))
@@ -232,7 +236,11 @@ def thread_count(wanted: int, device: torch.device) -> int:
 
 
 def _check_file(
-    config: ExecutorConfig, device: torch.device, dtype: torch.dtype, threads: tuple[int, int]
+    config: ExecutorConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: tuple[int, int],
+    paged: PagedAttention | None,
 ) -> CheckFile:
     """Where the results of a start are kept, by whatever could change them."""
     is_cpu = device.type == "cpu"
@@ -246,6 +254,7 @@ def _check_file(
             "dtype": str(dtype),
             "weights": config.weights,
             "device": device.type,
+            "attention": "torch" if paged is None else paged.version,
             "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
             "native_library": library_key() if threads[1] else "",
             "threads": list(threads),
