@@ -1,4 +1,4 @@
-"""Where what is made once is kept: prepared models, and the native step."""
+"""Where what is made once is kept: prepared models, the native step, and kernels for a GPU."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,13 @@ def default_cache_home() -> Path:
     if user := os.environ.get("XDG_CACHE_HOME"):
         return Path(user).expanduser() / "paceline"
     return Path.home() / ".cache" / "paceline"
+
+
+def keep_kernels() -> None:
+    """Let the next start find the kernels that this one compiles for a GPU; Triton and FlashInfer read these variables.
+
+    Their own places are in the home folder, which in a container is `/tmp`: gone with it, or not to be executed from.
+    """
+    home = str(default_cache_home())
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, "triton"))
+    os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", os.path.join(home, "flashinfer"))

@@ -12,6 +12,7 @@ from typing import Any
 from executor_svc import config as executor_config
 from executor_svc.config import ExecutorConfig
 from paceline_cli.config_flags import Settings, flags_for
+from paceline_cli.gpus import VISIBLE, gpus_of_executors, visible_gpus
 from paceline_cli.supervisor import ChildCommand
 from scheduler_svc import config as scheduler_config
 from scheduler_svc.config import SchedulerConfig
@@ -19,6 +20,7 @@ from scheduler_svc.config import SchedulerConfig
 LEAVING_S = 5.0
 """Children keep to their drain time-out themselves; this is for what comes after it."""
 
+_ANY_GPU = ("auto", "cuda")
 _CPU_CACHE_LIMIT = 4 << 30  # as of one executor alone: what all of them together take by default
 
 
@@ -27,21 +29,23 @@ class Machine:
     """What there is to share between executors."""
 
     core_count: int
-    gpu_count: int
+    gpus: tuple[str, ...]  # none where executors are not placed on any
     available_bytes: int  # memory
 
     @classmethod
-    def here(cls) -> Machine:
-        """What this process may use here; found without torch, which takes seconds to import."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is None:
-            gpu_count = sum(1 for entry in Path("/dev").glob("nvidia*") if entry.name[6:].isdigit())
-        else:
-            gpu_count = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    def here(cls, model: str, device: str) -> Machine:
+        """What executors of `model` on `device` may use here.
+
+        Where the user names one GPU (`cuda:1`) it is for all executors.
+        """
         affinity = getattr(os, "sched_getaffinity", None)
         from executor_svc.machine import available_memory_bytes
 
-        return cls(len(affinity(0)) if affinity else os.cpu_count() or 1, gpu_count, available_memory_bytes())
+        return cls(
+            core_count=len(affinity(0)) if affinity else os.cpu_count() or 1,
+            gpus=visible_gpus() if model != "fake" and device in _ANY_GPU else (),
+            available_bytes=available_memory_bytes(),
+        )
 
 
 def paceline_command(verb: str, *words: str) -> tuple[str, ...]:
@@ -63,11 +67,15 @@ def scheduler_child(
 def executor_children(
     folder: str, sockets: Path, count: int, settings: Settings, machine: Machine, more_words: Sequence[str] = ()
 ) -> list[ChildCommand]:
-    """`count` executors that share the cores and the GPUs of this machine, whether all of them are started or not."""
+    """`count` executors that share the cores and the GPUs of this machine, whether all of them are started or not.
+
+    Raises `CommandError` where there are too few GPUs.
+    """
     children = []
-    for index in range(count):
+    places = _places(count, settings, machine)
+    for index, gpus in enumerate(places):
         name = f"executor-{index}"
-        shared = _part(ExecutorConfig, settings) | _share(index, count, settings, machine)
+        shared = _part(ExecutorConfig, settings) | _share(places.count(gpus), count, settings, machine)
         config = ExecutorConfig(
             model=folder,
             scheduler=scheduler_socket(sockets),
@@ -76,7 +84,8 @@ def executor_children(
             **shared,
         )
         command = paceline_command("executor", folder, *flags_for(config), *more_words)
-        children.append(ChildCommand(name, command, end_within_s=config.drain_timeout_s + LEAVING_S))
+        environment = {VISIBLE: ",".join(gpus)} if gpus else {}
+        children.append(ChildCommand(name, command, environment, end_within_s=config.drain_timeout_s + LEAVING_S))
     return children
 
 
@@ -106,18 +115,25 @@ def launcher_socket(sockets: Path) -> str:
     return f"unix:{sockets}/launcher.sock"
 
 
-def _share(index: int, count: int, settings: Settings, machine: Machine) -> Settings:
-    """The part of the machine that executor `index` of `count` takes, where the user did not say.
+def _places(count: int, settings: Settings, machine: Machine) -> list[tuple[str, ...]]:
+    """The GPUs of each of `count` executors, by name; none where the machine has none for them."""
+    if not machine.gpus:
+        return [()] * count
+    return gpus_of_executors(machine.gpus, count, settings["tensor_parallel"])
 
-    Example: 4 executors on 8 cores and 2 GPUs get 2 threads each; the first and the third share `cuda:0`, and each of
+
+def _share(neighbour_count: int, count: int, settings: Settings, machine: Machine) -> Settings:
+    """The part of the machine that one of `count` executors takes, where the user did not say. So many have its GPU.
+
+    Example: 4 executors on 8 cores and 2 GPUs get 2 threads each; the first and the third share a GPU, and each of
     them takes half of what one alone would take of its memory.
     """
     if count == 1:
         return {}
     share: Settings = {"threads": settings["threads"] or max(1, machine.core_count // count)}
-    if machine.gpu_count and settings["device"] in ("auto", "cuda"):
-        share["device"] = f"cuda:{index % machine.gpu_count}"
-        neighbour_count = len(range(index % machine.gpu_count, count, machine.gpu_count))
+    if machine.gpus:
+        share["device"] = "cuda"  # one whose torch finds no GPU says so, and is not slow beside the others
+    if machine.gpus or settings["device"].startswith("cuda"):
         share["memory_utilization"] = settings["memory_utilization"] / neighbour_count
     elif not settings["cache_memory_bytes"]:
         share["cache_memory_bytes"] = min(_CPU_CACHE_LIMIT, machine.available_bytes // 4) // count

@@ -31,6 +31,13 @@ class ExecutorRange:
         """Whether there is nothing to decide, and so no autoscaler."""
         return self.min_count == self.max_count and self.scaling_file is None
 
+    @property
+    def most_setting(self) -> str:
+        """What says how many executors there are at most."""
+        if self.scaling_file:
+            return f"executors.max of {self.scaling_file} at"
+        return "--executors" if self.is_fixed else "--max-executors"
+
     def scaling_file_in(self, folder: Path) -> Path:
         """The autoscaler's file; written into `folder` unless the user has one."""
         if self.scaling_file:

@@ -33,6 +33,7 @@ from paceline_cli.config_flags import LOOKING, Settings, takes_settings
 from paceline_cli.demo import run_demo
 from paceline_cli.errors import CommandError, ExitCode
 from paceline_cli.flags import LogLevel, flag, model_argument
+from paceline_cli.gpus import gpus_of_executors, unused_gpus_hint
 from paceline_cli.readiness import ReadinessProbe, ServedModel, print_ready
 from paceline_cli.scaling import MOST_EXECUTORS, ExecutorRange, executor_range
 from paceline_cli.supervisor import Child, ChildCommand, Supervisor
@@ -63,7 +64,7 @@ def serve(
         flag("--port", "Port; 0 picks a free one.", envvar="PACELINE_SERVE_PORT", metavar="PORT", min=0, max=65535),
     ] = 50051,
     executors: Annotated[
-        int | None, _executor_count("--executors", "Executors to run, 1 by default; they share the machine.")
+        int | None, _executor_count("--executors", "Executors to run, 1 by default; each has a GPU, or they share.")
     ] = None,
     min_executors: Annotated[
         int | None, _executor_count("--min-executors", "Fewest executors; more come and go with the load.", least=0)
@@ -92,11 +93,11 @@ def serve(
     """
     settings |= _pages(http_host or host, settings["http_port"])
     wanted = executor_range(executors, min_executors, max_executors, scaling)
-    _refuse_wrong(model, settings)
+    machine = _divisible_machine(model, wanted, settings)
     public = (host, reserve_port(host, port))
     if public == (settings["http_host"], settings["http_port"]):
         raise CommandError(f"--port and --http-port are both {port}", "choose two", exit_code=ExitCode.USAGE)
-    _run(model, wanted, public, demo, ("--log-level", log_level), settings)
+    _run(model, wanted, public, machine, demo, ("--log-level", log_level), settings)
 
 
 def _pages(host: str, port: int) -> Settings:
@@ -110,7 +111,13 @@ def _pages(host: str, port: int) -> Settings:
 
 
 def _run(
-    model: str, wanted: ExecutorRange, public: tuple[str, int], demo: bool, words: Sequence[str], settings: Settings
+    model: str,
+    wanted: ExecutorRange,
+    public: tuple[str, int],
+    machine: Machine,
+    demo: bool,
+    words: Sequence[str],
+    settings: Settings,
 ) -> None:
     """Prepare, start, serve and drain. `public` is the host and port for users, `words` go to every child."""
     with StopSignals() as signals, socket_folder() as sockets, ExitStack() as until_the_end:
@@ -119,7 +126,7 @@ def _run(
             folder = model if model == "fake" else _prepared(model, screen, signals)
             screen.report_phase("Starting", 0.0)
             scheduler = scheduler_child(folder, sockets, listen_address(*public), settings, words)
-            executors = executor_children(folder, sockets, wanted.max_count, settings, Machine.here(), words)
+            executors = executor_children(folder, sockets, wanted.max_count, settings, machine, words)
             if wanted.is_fixed:
                 supervisor = Supervisor([scheduler, *executors], screen)
             else:
@@ -137,17 +144,25 @@ def _run(
                 raise
         screen.report_phase = None
         supervisor.ready = True
+        gpus_each = settings["tensor_parallel"]
+        if hint := unused_gpus_hint(len(machine.gpus), wanted.max_count, gpus_each, wanted.most_setting):
+            screen.console.print(f"[yellow]{escape(hint)}[/]")
         page = f"http://{dial_address(settings['http_host'], settings['http_port'])}" if settings["http_port"] else ""
         _say_ready(served, wanted, dial_address(*public), page, demo)
         _watch_until_stopped(supervisor, screen, signals)
         _drain(supervisor, settings["drain_timeout_s"], screen, signals)
 
 
-def _refuse_wrong(model: str, settings: Settings) -> None:
+def _divisible_machine(model: str, wanted: ExecutorRange, settings: Settings) -> Machine:
+    """The machine here, which has what is wanted. Raises `CommandError` before anything is downloaded."""
     try:
         check_settings(model, settings)
     except ValueError as error:
         raise CommandError(str(error), exit_code=ExitCode.USAGE) from error
+    machine = Machine.here(model, settings["device"])
+    if machine.gpus:
+        gpus_of_executors(machine.gpus, wanted.max_count, settings["tensor_parallel"])
+    return machine
 
 
 class StopSignals:

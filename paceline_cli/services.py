@@ -51,10 +51,12 @@ def executor(
         --listen 0.0.0.0:50061 --advertise 10.0.0.7:50061
     """
     _check_folder(model)
+    from executor_svc.cache_home import keep_kernels
     from executor_svc.machine import calm_openmp
 
     config = ExecutorConfig(model=model, **settings)
     calm_openmp()
+    keep_kernels()
     begin("executor", log_level, exit_with_parent)
     from executor_svc.main import serve
 

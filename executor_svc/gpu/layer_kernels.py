@@ -1,6 +1,7 @@
 """What a decoder layer does between its matrix products, one launch each: norms, rotations, gated products.
 
-Numbers are rounded to the model's type exactly where transformers' layers round them; all else is float32.
+Numbers are rounded to the model's type exactly where transformers' layers round them; all else is float32, and no
+multiplication is fused with an addition, which would round less.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import triton
 import triton.language as tl
 
 from executor_svc.attention.layout import KeySource
-from executor_svc.gpu.inputs import StepInputs
 from executor_svc.decoder_parts import counts_from_one
+from executor_svc.gpu.inputs import StepInputs
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _ROUNDS_LAST = ("Olmo2RMSNorm", "Olmo3RMSNorm")  # as those whose weights count from 1 do
@@ -99,8 +100,7 @@ def rotate_and_store(
         inputs.rows,
         inputs.tables,
         inputs.table_starts,
-        inputs.row_count,
-        source.group,
+        source.group * inputs.table_starts.stride(0),
         inputs.groups[source.group].block_size,
         source.key_stride,
         source.value_stride,
@@ -114,6 +114,7 @@ def rotate_and_store(
         tile=tile,
         padded_dim=padded_dim,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return query
 
@@ -126,7 +127,14 @@ def gated_product(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     out = gate_up.new_empty(len(gate_up), inner)
     grid = (len(gate_up), triton.cdiv(inner, _TILE))
     _gated_product_kernel[grid](
-        gate_up, out, gate_up.stride(0), inner, is_silu=activation == "silu", block=_TILE, num_warps=4
+        gate_up,
+        out,
+        gate_up.stride(0),
+        inner,
+        is_silu=activation == "silu",
+        block=_TILE,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
     return out
 
@@ -154,6 +162,7 @@ def _launch_add_norm(
         from_one=known.from_one,
         rounds_first=known.rounds_first,
         block=block,
+        enable_fp_fusion=False,
         num_warps=min(32, max(1, block // 512)),  # 16 numbers in each thread, which registers hold
     )
 
@@ -223,7 +232,7 @@ def _add_norm_kernel(
         tl.store(out + row * out_stride + column, value.to(dtype), mask=is_in)
 
 
-@triton.jit(do_not_specialize=["row_count", "group"])
+@triton.jit(do_not_specialize=["positions", "rows", "tables", "table_starts", "table_offset"])
 def _rotate_and_store_kernel(
     qkv,
     query,
@@ -238,8 +247,7 @@ def _rotate_and_store_kernel(
     rows,
     tables,
     table_starts,
-    row_count,
-    group,
+    table_offset,  # of the layer group in `table_starts`
     block_size,
     key_stride,
     value_stride,
@@ -264,7 +272,7 @@ def _rotate_and_store_kernel(
 
     row = tl.load(rows + token)
     is_kept = row >= 0
-    position = tl.load(positions + token)
+    position = tl.where(is_kept, tl.load(positions + token), 0)
 
     half: tl.constexpr = rotated // 2
     is_rotated = column < rotated
@@ -291,7 +299,7 @@ def _rotate_and_store_kernel(
 
     place = (token * query_heads + head)[:, None] * dim + column[None, :]
     tl.store(query + place, result, mask=is_in & is_query[:, None])
-    start = tl.load(table_starts + group * row_count + row, mask=is_kept, other=0)
+    start = tl.load(table_starts + table_offset + row, mask=is_kept, other=0)
     block = tl.load(tables + start + position // block_size, mask=is_kept, other=0).to(tl.int64)
     offset = position % block_size
     kept_heads = tl.where(is_kept, key_heads, 0)

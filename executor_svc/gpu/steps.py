@@ -98,7 +98,9 @@ class DeviceSteps:
                 forwarded = self.queue.mark()
                 chosen, finite = self._results[:, :sampling_count]
                 if sampling_count:
-                    sample_rows(logits[:sampling_count], buffer.sampling(sampling_count), chosen, finite)
+                    draws = bool((batch.sampling.temperature > 0).any())
+                    parameters = buffer.sampling(sampling_count)
+                    sample_rows(logits[:sampling_count], parameters, chosen, finite, draws=draws)
                 host = self._hosts[0]
                 self._hosts.append(self._hosts.pop(0))
                 host.copy_(self._results, non_blocking=True)

@@ -30,10 +30,12 @@ NOT_OF_KUBERNETES = {"ScaledObject"}  # KEDA's; its schema is not in kubernetes-
 KEDA = ["-f", str(EXAMPLES / "keda.yaml")]
 FAKE = ["-f", str(EXAMPLES / "fake.yaml")]
 TWO_TYPES = ["-f", str(EXAMPLES / "two-gpu-types.yaml")]
+TENSOR_PARALLEL = ["-f", str(EXAMPLES / "tensor-parallel.yaml")]
 VALUES = {
     "default": [],
     "fake": FAKE,
     "two types": TWO_TYPES,
+    "tensor parallel": TENSOR_PARALLEL,
     "keda": KEDA,
     "keda, two types": [*TWO_TYPES, *KEDA, "--set-string", "autoscaling.keda.tolerance=0"],
     "nothing scales": [*TWO_TYPES, "--set", "autoscaling.kind=none"],
@@ -48,6 +50,8 @@ VALUES = {
         "executors.nodeTypes[0].runtimeClassName=nvidia,executors.maxUnavailable=25%,networkPolicy.clients=null",
         "--set",
         "scheduler.service.type=LoadBalancer,scheduler.nodeSelector.disk=ssd,executors.drainTimeout=120",
+        "--set",
+        "executors.cacheClaim=compiled",
     ],
 }
 every_set = pytest.mark.parametrize("values", list(VALUES.values()), ids=list(VALUES))
@@ -397,6 +401,43 @@ def test_executors_ask_for_their_gpu(values):
         assert container(executor)["resources"]["limits"]["nvidia.com/gpu"] == 1
         assert "cuda" in command_line(executor)
         assert any(toleration["key"] == "nvidia.com/gpu" for toleration in pod(executor)["tolerations"])
+
+
+def volumes(workload: dict) -> dict[str, dict]:
+    """What a pod has mounted where."""
+    by_name = {volume["name"]: volume for volume in pod(workload)["volumes"]}
+    return {mount["mountPath"]: by_name[mount["name"]] for mount in container(workload)["volumeMounts"]}
+
+
+def test_a_model_is_spread_over_the_gpus_that_its_executor_gets():
+    """Without the flag all but one of them would idle; without the memory NCCL does not start."""
+    (spread,) = executors(render(TENSOR_PARALLEL)).values()
+    (alone,) = executors(render(VALUES["default"])).values()
+
+    count = container(spread)["resources"]["limits"]["nvidia.com/gpu"]
+    assert parsed(command_line(spread)).params["tensor_parallel"] == count == 4
+    assert volumes(spread)["/dev/shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+    assert "--tensor-parallel" not in command_line(alone)
+    assert "/dev/shm" not in volumes(alone)
+
+
+def test_a_part_of_a_gpu_is_one_too():
+    """Its resource has another name; an executor that missed it would run on the CPU and say nothing."""
+    limits = "executors.nodeTypes[0].name=part,executors.nodeTypes[0].resources.limits.nvidia\\.com/mig-3g\\.40gb=1"
+    (executor,) = executors(render(["--set", limits])).values()
+
+    assert parsed(command_line(executor)).params["device"] == "cuda"
+    assert "--tensor-parallel" not in command_line(executor)
+
+
+def test_compiled_kernels_may_outlive_a_pod():
+    """Compiling them again is part of what users wait for while an executor starts."""
+    (ephemeral,) = executors(render(VALUES["default"])).values()
+    kept = executors(render(VALUES["everything said"]))["try-paceline-executor-l4"]
+
+    assert environment(kept)["PACELINE_CACHE"] == environment(ephemeral)["PACELINE_CACHE"] == "/cache"
+    assert volumes(ephemeral)["/cache"]["emptyDir"] == {}
+    assert volumes(kept)["/cache"]["persistentVolumeClaim"] == {"claimName": "compiled"}
 
 
 def test_each_type_of_node_has_its_own_executors():

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
 COMPOSE = ROOT / "docker-compose.yml"
 GPU = DEPLOY / "docker/gpu.yml"
+TENSOR_PARALLEL = DEPLOY / "docker/tensor-parallel.yml"
 DOCKERFILE = DEPLOY / "docker/Dockerfile"
 OURS = ("prepare", "scheduler", "executor", "autoscaler")
 
@@ -80,7 +81,7 @@ def where_it_is(name: str, path: str) -> Path:
     raise AssertionError(f"{name} has nothing of ours at {path}")
 
 
-@pytest.mark.parametrize("file", [COMPOSE, GPU], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [COMPOSE, GPU, TENSOR_PARALLEL], ids=lambda file: file.name)
 def test_compose_files_have_the_form_that_docker_reads(file):
     """No engine is here to try it: the schema finds a wrong key before a user does."""
     done = tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
@@ -129,11 +130,71 @@ def test_containers_set_only_what_their_command_reads(name):
     assert given <= variables(*VERBS[name]) | {"PACELINE_CACHE"}
 
 
-def test_the_gpu_file_changes_services_that_there_are():
+@pytest.mark.parametrize("file", [GPU, TENSOR_PARALLEL], ids=lambda file: file.name)
+def test_files_for_gpus_are_about_services_that_there_are(file):
     """An override of a service that was renamed starts a broken second one."""
-    for name, service in yaml.safe_load(GPU.read_text())["services"].items():
-        assert name in SERVICES
-        assert set(service["environment"]) <= variables(*VERBS[name])
+    for name, service in yaml.safe_load(file.read_text())["services"].items():
+        base = service.get("extends", {"file": COMPOSE.name, "service": name})
+        assert base == {"file": COMPOSE.name, "service": "executor"}  # relative to the first file of the command line
+        assert set(service["environment"]) <= variables("executor")
+        assert service["environment"]["PACELINE_DEVICE"] == "cuda"
+        assert service["scale"] == 1  # the others of a service have the same GPU
+
+
+def devices(service: dict[str, Any]) -> dict[str, Any]:
+    """What a service reserves."""
+    (only,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (only["driver"], only["capabilities"]) == ("nvidia", ["gpu"])
+    return only
+
+
+def test_each_executor_has_a_gpu_of_its_own():
+    """Two on one would each take nine tenths of its memory, and the second would not start."""
+    services = yaml.safe_load(GPU.read_text())["services"]
+    with_profile = {
+        profile: [
+            ids
+            for service in services.values()
+            if profile in service.get("profiles", [profile])
+            for ids in devices(service)["device_ids"]
+        ]
+        for profile in ("none", "2-gpus", "4-gpus")
+    }
+
+    assert with_profile == {"none": ["0"], "2-gpus": ["0", "1"], "4-gpus": ["0", "1", "2", "3"]}
+
+
+def test_a_model_on_several_gpus_gets_as_many_as_it_is_spread_over():
+    """One fewer and it does not start; Docker's own /dev/shm is too small for what NCCL puts there."""
+    (service,) = yaml.safe_load(TENSOR_PARALLEL.read_text())["services"].values()
+
+    assert devices(service)["count"] == service["environment"]["PACELINE_TENSOR_PARALLEL"] == "${GPUS:-2}"
+    assert service["shm_size"] == "1gb"
+
+
+def test_the_image_asks_for_what_a_driver_has_to_bring_and_for_no_gpu():
+    """`NVIDIA_VISIBLE_DEVICES=all` in an image gives every GPU of a host to containers that were given none."""
+    (said,) = re.findall(r"^ENV (PACELINE_CACHE=.*)", stages()["executor"], re.MULTILINE)
+
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in said.split()
+    assert "ENV NVIDIA_VISIBLE" not in DOCKERFILE.read_text()
+
+
+def test_build_arguments_of_compose_are_those_of_the_dockerfile():
+    """An argument that the Dockerfile does not declare is dropped with a warning that nobody reads."""
+    declared = set(re.findall(r"^ARG (\w+)=", stages()["build-executor"], re.MULTILINE))
+
+    assert SERVICES["executor"]["build"]["args"].keys() <= declared == {"TORCH", "TORCH_INDEX", "FLASHINFER"}
+
+
+def test_flashinfer_is_only_installed_where_it_is_asked_for():
+    """It needs a compiler of gigabytes, and every executor does without it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r'if \[ -n "\$FLASHINFER" \]; then.*?\bfi\n', stages()["build-executor"], re.DOTALL)
+
+    assert ["'.[flashinfer]'" in words and "nvcc" in words for words in asked] == [True]
+    assert extras["flashinfer"]
+    assert "flashinfer" not in "".join(extras["all"] + extras["executor"])
 
 
 def test_entry_points_use_flags_that_there_are():

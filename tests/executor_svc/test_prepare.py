@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.serving_folder import ServingFolder, ServingFolderError, fingerprint_of
+from executor_svc.cache_home import keep_kernels
 from executor_svc.prepare import default_cache_home, prepare
 
 torch = pytest.importorskip("torch")
@@ -541,6 +542,18 @@ def test_offline_a_hub_id_says_what_else_works(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(ServingFolderError, match=r"cannot download 'no-such-org/tiny'.*a folder that is on this mach"):
         prepare("no-such-org/tiny", cache_home=tmp_path / "cache")
+
+
+def test_compiled_kernels_are_kept_beside_everything_else(monkeypatch: pytest.MonkeyPatch):
+    """In a container the places of the libraries themselves are gone with it, or may not be executed from."""
+    monkeypatch.setattr(os, "environ", {"PACELINE_CACHE": "/cache"})
+    keep_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == "/cache/triton"
+    assert os.environ["FLASHINFER_WORKSPACE_BASE"] == "/cache/flashinfer"
+
+    monkeypatch.setattr(os, "environ", {"TRITON_CACHE_DIR": "/own", "PACELINE_CACHE": "/cache"})
+    keep_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == "/own"
 
 
 def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from paceline_cli.supervisor import ChildCommand, RestartPolicy, Supervisor
 from tests.paceline_cli.conftest import Recorder, wait_until
 
 SLEEP = ("sleep", "600")
+TELL = ("sh", "-c", "echo GPU $CUDA_VISIBLE_DEVICES; exec sleep 600")
 
 
 @dataclass
@@ -49,7 +52,7 @@ def running(tmp_path: Path, recorder: Recorder) -> Iterator[Running]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     address = f"unix:{tmp_path}/launcher.sock"
-    commands = [ChildCommand(f"executor-{index}", SLEEP) for index in range(3)]
+    commands = [ChildCommand(f"executor-{index}", TELL, {"CUDA_VISIBLE_DEVICES": str(index)}) for index in range(3)]
     with launching(supervisor, commands, address), grpc.insecure_channel(address) as channel:
         yield Running(supervisor, LauncherServiceStub(channel))
         stop.set()
@@ -85,6 +88,17 @@ def test_the_lowest_free_name_is_taken(running: Running):
     assert launched == ["executor-0", "executor-1", "executor-2"]
     assert running.launch() == "executor-1"
     assert [executor.executor_id for executor in running.listed()] == launched
+
+
+def test_a_launched_executor_has_the_gpus_of_its_name_also_when_it_comes_again(running: Running, recorder: Recorder):
+    """One that took another's GPU would find its memory full."""
+    for _ in range(2):
+        running.launch()
+    wait_until(lambda: ("executor-1", "GPU 1") in recorder.lines)
+    os.kill(running.supervisor.pids["executor-1"], signal.SIGKILL)
+
+    wait_until(lambda: recorder.lines.count(("executor-1", "GPU 1")) == 2)
+    assert ("executor-0", "GPU 0") in recorder.lines
 
 
 def test_one_more_than_the_machine_was_divided_by_is_refused(running: Running):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from executor_svc.gpu import layer_kernels
+from executor_svc.gpu import layer_kernels, sampling
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def variant(name: str, fn: Any, num_warps: int, **arguments: Any) -> Variant:
 
 
 def compile_variants() -> list[Variant]:
-    return [*_norms(), *_rotations(), *_products()]
+    return [*_norms(), *_rotations(), *_products(), *_samplings()]
 
 
 def _norms() -> list[Variant]:
@@ -65,8 +65,8 @@ def _rotations() -> list[Variant]:
             **dict.fromkeys(("query_weight", "key_weight"), f"*{dtype}" if has_norms else None),
             epsilon="fp32",
             positions="*i64",
-            **dict.fromkeys(("rows", "row_starts", "contexts", "tables", "table_starts"), "*i32"),
-            **dict.fromkeys(("row_count", "group", "block_size", "key_stride", "value_stride", "qkv_stride"), "i32"),
+            **dict.fromkeys(("rows", "tables", "table_starts"), "*i32"),
+            **dict.fromkeys(("table_offset", "block_size", "key_stride", "value_stride", "qkv_stride"), "i32"),
             query_heads=32,
             key_heads=8,
             dim=dim,
@@ -99,3 +99,50 @@ def _products() -> list[Variant]:
         )
         for dtype, is_silu in (("bf16", True), ("fp32", False))
     ]
+
+
+def _samplings() -> list[Variant]:
+    shape = {"stride": "i32", "vocabulary_size": 128_256, "part_count": 32}
+    parts = {"part_highest": "*fp32", "part_tokens": "*i32"}
+    rows = {"highest": "*fp32", "bounds": "*i32"}
+    variants = []
+    for dtype in ("bf16", "fp32"):
+        logits = {"logits": f"*{dtype}"}
+        variants += [
+            variant(f"likeliest of {dtype}", sampling._find_likeliest, 8, **logits, **parts, **shape, tile=4096),
+            variant(
+                f"bounds of {dtype}",
+                sampling._bound_draws,
+                16,
+                **logits,
+                **parts,
+                **rows,
+                chosen="*i64",
+                finite="*i32",
+                temperatures="*fp32",
+                top_ks="*i32",
+                top_ps="*fp32",
+                weight_unit=2.0**45,
+                **shape,
+                tile=4096,
+                padded_count=32,
+            ),
+            variant(
+                f"race of {dtype}",
+                sampling._race,
+                8,
+                **logits,
+                part_highest="*fp32",
+                part_speeds="*fp32",
+                part_tokens="*i32",
+                **rows,
+                temperatures="*fp32",
+                min_ps="*fp32",
+                keys="*i64",
+                **shape,
+                tile=4096,
+            ),
+        ]
+    winner = {"part_speeds": "*fp32", "part_tokens": "*i32", "bounds": "*i32", "chosen": "*i64"}
+    counts = {"vocabulary_size": 128_256, "part_count": 32}
+    return [*variants, variant("winner", sampling._take_winner, 1, **winner, **counts, padded_count=32)]
