@@ -19,7 +19,7 @@ from executor_svc.cache_home import default_cache_home
 log = structlog.get_logger()
 
 _SOURCES = Path(__file__).parent
-_LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
+_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "triton", "flashinfer-python")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,14 @@ class CheckFile:
 
 def versions() -> dict[str, str]:
     """The libraries that compute, and our own sources."""
-    return {name: metadata.version(name) for name in _LIBRARIES} | {"executor_svc": _source_digest()}
+    return {name: _version(name) for name in _LIBRARIES} | {"executor_svc": _source_digest()}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # a CPU does without Triton, and most do without FlashInfer
+        return ""
 
 
 @cache

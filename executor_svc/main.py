@@ -178,6 +178,7 @@ async def _serve(config: ExecutorConfig, runner: Runner, times: StartTimes) -> i
         address=address,
         model=info.name,
         dtype=info.dtype,
+        mode=info.mode,
         cache_blocks=info.block_count,
         block_tokens=[group.block_size for group in info.layer_groups],
         cache_mib=info.cache_bytes // 2**20,

@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # kernels need Triton, which a CPU can do without
 
 log = structlog.get_logger()
 
+_LEAST_CAPABILITY = (8, 0)
+
 __all__ = ["StepError", "TorchRunner", "thread_count"]
 
 
@@ -90,7 +92,7 @@ class TorchRunner:
         paged = paged_attention(config.attention, device)
         is_native = device.type == "cpu" and config.native and paged is None
         native_threads = (config.threads or usable_core_count()) if is_native else 0
-        check_file = _check_file(config, device, dtype, (threads, native_threads), paged)
+        check_file = _check_file(config, device, dtype, (threads, native_threads))
         kept = check_file.read() if config.keep_checks else None
         taken_at_start = taken_bytes(device)
         loaded = load_model(
@@ -110,15 +112,21 @@ class TorchRunner:
         step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
         geometry = loaded.steps.traits.geometry(config.block_size)
         if loaded.steps.reads_inputs:
-            step_bytes += bytes_kept_by(device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config))
-        progress("making the cache", 0.8)
+            trial = _within(progress, 0.72, 0.85)  # the first start compiles kernels here
+            step_bytes += bytes_kept_by(
+                device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config, trial)
+            )
+        progress("making the cache", 0.85)
         budget = config.cache_memory_bytes or (
             host_cache_budget(available, step_bytes)
             if device.type == "cpu"
             else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         )
         pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
-        device_steps = _device_steps(loaded, pool, config, progress) if loaded.steps.reads_inputs else None
+        told = _within(progress, 0.87, 1.0)
+        device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # steps run on a stream of their own, which waits for nothing of this
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
@@ -178,7 +186,9 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
     """The attention that reads block tables on the device; None: it is left to torch. Raises `ModelError`."""
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return None
-    if device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+    if device.type == "cuda":
+        _check_capability(name, device)
+    elif not os.environ.get("TRITON_INTERPRET"):
         raise ModelError(
             f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
             "TRITON_INTERPRET=1 to try kernels out very slowly"
@@ -197,13 +207,28 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
     return TritonAttention(device)
 
 
+def _check_capability(name: str, device: torch.device) -> None:
+    if torch.version.hip:
+        log.warning("kernels have never been run on a GPU of this kind; --attention torch does without them", rocm=True)
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise ModelError(
+            f"attention '{name}' needs compute capability 8.0 (Ampere) or later and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; choose --attention torch"
+        )
+
+
+def _within(progress: Progress, start: float, end: float) -> Progress:
+    """Tell `progress` of a part of the whole, from `start` to `end`."""
+    return lambda phase, share: progress(phase, start + (end - start) * share)
+
+
 def _pool(loaded: LoadedModel, geometry: PoolGeometry, count: int) -> PagedPool:
     return PagedPool(geometry, count, loaded.steps.traits.cache_dtype, loaded.steps.device)
 
 
-def _device_steps(
-    loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress = lambda _phase, _share: None
-) -> DeviceSteps:
+def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress) -> DeviceSteps:
     """Steps over `pool`, recorded where that is wanted and can be done."""
     from executor_svc.gpu.queue import queue_for
     from executor_svc.gpu.steps import DeviceSteps, InputsModel, StepLimits
@@ -214,7 +239,7 @@ def _device_steps(
     steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
     if config.graphs:
         try:
-            steps.record(lambda phase, share: progress(phase, 0.85 + 0.15 * share))
+            steps.record(progress)
         except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
@@ -236,11 +261,7 @@ def thread_count(wanted: int, device: torch.device) -> int:
 
 
 def _check_file(
-    config: ExecutorConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    threads: tuple[int, int],
-    paged: PagedAttention | None,
+    config: ExecutorConfig, device: torch.device, dtype: torch.dtype, threads: tuple[int, int]
 ) -> CheckFile:
     """Where the results of a start are kept, by whatever could change them."""
     is_cpu = device.type == "cpu"
@@ -254,9 +275,10 @@ def _check_file(
             "dtype": str(dtype),
             "weights": config.weights,
             "device": device.type,
-            "attention": "torch" if paged is None else paged.version,
             "machine": hashlib.blake2b(machine.encode(), digest_size=10).hexdigest(),
             "native_library": library_key() if threads[1] else "",
+            "attention": config.attention,
+            "native": config.native,
             "threads": list(threads),
             "max_model_len": config.max_model_len,
             "block_size": config.block_size,

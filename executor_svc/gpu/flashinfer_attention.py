@@ -28,7 +28,6 @@ from executor_svc.model import ModelError
 
 log = structlog.get_logger()
 
-_LEAST_CAPABILITY = (8, 0)
 _HEAD_DIMS = (64, 128, 256)
 _TYPES = (torch.float16, torch.bfloat16)
 _PROMPT_TILE = 128  # queries, times heads that share keys, that one program of a step with prompts takes at most
@@ -76,10 +75,9 @@ class FlashInferAttention:
 
     def __init__(self, device: torch.device) -> None:
         """Load the library. Raises `ModelError` where it cannot be had."""
-        self._library = _library(device)
+        self._library = _library()
         self._device = device
         self._triton = TritonAttention(device)
-        self.version = f"flashinfer {self._library.__version__}, {self._triton.version}"
         self._rows: StepRows | None = None  # of the step that is queued next
         self._here: dict[_LayerKind, Any] = {}  # wrappers for steps of its kind
         self._blocks: dict[int, _RowBlocks] = {}  # by layer group, of that step
@@ -255,13 +253,8 @@ class FlashInferAttention:
             log.warning("FlashInfer does not compute some layers, our own kernels do", reason=reason)
 
 
-def _library(device: torch.device) -> Any:
+def _library() -> Any:
     """The module. Raises `ModelError`."""
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
-        raise ModelError(
-            f"attention 'flashinfer' needs a GPU of compute capability 8.0 or above, and {device} has "
-            f"{'.'.join(map(str, capability))}; leave --attention out"
-        )
     try:
         import flashinfer
     except Exception as error:  # whatever it finds missing, or of releases that do not fit together

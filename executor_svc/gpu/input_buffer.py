@@ -150,10 +150,11 @@ _Fields = dict[str, tuple[NDArray[np.generic], int, int]]
 def _row_fields(batch: StepBatch, shape: StepShape) -> _Fields:
     lengths = batch.query_lengths
     row_starts = np.concatenate(([0], np.cumsum(lengths)))
+    all_starts = np.arange(shape.row_count + 1) if shape.is_decode else row_starts
     rows = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.arange(len(rows)) + (batch.context_lengths - lengths - row_starts[:-1])[rows]
     return {
-        "row_starts": (row_starts, len(rows), shape.row_count + 1),
+        "row_starts": (all_starts, len(rows), shape.row_count + 1),
         "contexts": (batch.context_lengths, 0, shape.row_count),
         "token_ids": (batch.token_ids, 0, shape.token_count),
         "rows": (rows, -1, shape.token_count),

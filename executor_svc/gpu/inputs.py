@@ -29,7 +29,7 @@ class StepInputs:
     table_starts: torch.Tensor  # [groups, R] int32, where in `tables` each begins
     sampled: torch.Tensor  # [S] int64, the tokens that give logits
     groups: tuple[LayerGroup, ...]
-    is_decode: bool  # every row has exactly one token
+    is_decode: bool  # every row has exactly one token, that of a padding row is padding
 
     @property
     def row_count(self) -> int:

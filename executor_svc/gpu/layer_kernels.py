@@ -168,18 +168,13 @@ def _launch_add_norm(
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
 def _weighted(x, weight, from_one: tl.constexpr, rounds_first: tl.constexpr, dtype: tl.constexpr):
     """A norm's last part: `x`, already divided, times the weights."""
     if rounds_first:
-        x = _rounded(x, dtype)
+        x = x.to(dtype).to(tl.float32)
     if from_one:
         weight += 1.0
-    return _rounded(x * weight, dtype)
+    return (x * weight).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -225,8 +220,9 @@ def _add_norm_kernel(
         value = _normed(value, weight_before, epsilon_before, column, width, from_one, rounds_first, dtype)
     if residual is not None:
         place = residual + row * residual_stride + column
-        value = _rounded(value + tl.load(place, mask=is_in, other=0.0).to(tl.float32), dtype)
-        tl.store(place, value.to(dtype), mask=is_in)
+        total = (value + tl.load(place, mask=is_in, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(place, total, mask=is_in)
+        value = total.to(tl.float32)
     if weight is not None:
         value = _normed(value, weight, epsilon, column, width, from_one, rounds_first, dtype)
         tl.store(out + row * out_stride + column, value.to(dtype), mask=is_in)
@@ -294,7 +290,7 @@ def _rotate_and_store_kernel(
     one = own * cosines.to(tl.float32)[None, :]
     two = other * tl.where(column < half, -sines, sines)[None, :]
     if cosines.dtype == dtype:  # the model's own code rounds no products with cosines of float32
-        one, two = _rounded(one, dtype), _rounded(two, dtype)
+        one, two = one.to(dtype).to(tl.float32), two.to(dtype).to(tl.float32)
     result = tl.where(is_value[:, None], given, one + two).to(dtype)
 
     place = (token * query_heads + head)[:, None] * dim + column[None, :]
@@ -303,16 +299,14 @@ def _rotate_and_store_kernel(
     block = tl.load(tables + start + position // block_size, mask=is_kept, other=0).to(tl.int64)
     offset = position % block_size
     kept_heads = tl.where(is_kept, key_heads, 0)
-    _store_heads(keys, block * key_stride + offset, head - query_heads, kept_heads, result, key_heads, dim, column)
-    head -= query_heads + key_heads
-    _store_heads(values, block * value_stride + offset, head, kept_heads, result, key_heads, dim, column)
-
-
-@triton.jit
-def _store_heads(pool, slot, head, kept_heads, result, key_heads: tl.constexpr, dim: tl.constexpr, column):
-    """Write those of the program's heads that are keys, or values, to a token's slot."""
-    is_kept = ((head >= 0) & (head < kept_heads))[:, None] & (column < dim)[None, :]
-    tl.store(pool + (slot * key_heads + head)[:, None] * dim + column[None, :], result, mask=is_kept)
+    key_head = head - query_heads
+    place = ((block * key_stride + offset) * key_heads + key_head)[:, None] * dim + column[None, :]
+    is_kept_key = (key_head >= 0) & (key_head < kept_heads)
+    tl.store(keys + place, result, mask=is_in & is_kept_key[:, None])
+    value_head = key_head - key_heads
+    place = ((block * value_stride + offset) * key_heads + value_head)[:, None] * dim + column[None, :]
+    is_kept_value = (value_head >= 0) & (value_head < kept_heads)
+    tl.store(values + place, result, mask=is_in & is_kept_value[:, None])
 
 
 @triton.jit
@@ -336,5 +330,5 @@ def _gated_product_kernel(gate_up, out, stride, inner, is_silu: tl.constexpr, bl
     if not is_silu:  # tanh(a) = 2 * sigmoid(2 * a) - 1, so that gelu is gate * sigmoid(2 * a)
         slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     small = tl.exp(-tl.abs(slope))  # at most 1: nothing overflows
-    active = _rounded(gate * (tl.where(slope >= 0, 1.0, small) / (1.0 + small)), dtype)
+    active = (gate * (tl.where(slope >= 0, 1.0, small) / (1.0 + small))).to(dtype).to(tl.float32)
     tl.store(out + token * inner + column, (active * up).to(dtype), mask=is_in)

@@ -18,9 +18,6 @@ from executor_svc.layer_groups import Visibility
 class PagedAttention(Protocol):
     """Attention that finds keys by the block tables of a step's inputs; nothing of it waits for the device."""
 
-    version: str
-    """What computes, with its release."""
-
     records_prompts: bool
     """Whether steps with prompts in them can be recorded, as those that only decode can."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from executor_svc.attention.backend import ScoreRule
 from executor_svc.attention.layout import KeySource
@@ -16,7 +15,6 @@ _INTERPRETED_CORES = 8  # as if a device had so many: enough that long rows are 
 class TritonAttention:
     """`PagedAttention` on one device."""
 
-    version = f"triton {triton.__version__}"
     records_prompts = True
 
     def __init__(self, device: torch.device) -> None:

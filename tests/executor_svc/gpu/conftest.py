@@ -9,12 +9,14 @@ import pytest
 triton = pytest.importorskip("triton")
 
 
-@pytest.fixture(autouse=True)
-def short_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def short_self_test() -> Iterator[None]:
     """A start tests fewer tokens; the tests themselves compare with transformers."""
     schedule = ((5, 4), (3, 1), (1, 1))
-    monkeypatch.setattr("executor_svc.self_test._SCHEDULE", schedule)
-    monkeypatch.setattr("executor_svc.self_test._LENGTHS", tuple(map(sum, zip(*schedule, strict=True))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("executor_svc.self_test._SCHEDULE", schedule)
+        patch.setattr("executor_svc.self_test._LENGTHS", tuple(map(sum, zip(*schedule, strict=True))))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -250,14 +250,6 @@ def test_a_missing_library_is_refused_at_the_start(load_runner, monkeypatch):
         load_runner("llama", attention="flashinfer")
 
 
-def test_an_old_gpu_is_refused_at_the_start(library, monkeypatch):
-    """Its kernels would fail in the first step."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-
-    with pytest.raises(ModelError, match=r"8\.0 or above, and cuda:1 has 7\.5; leave --attention out"):
-        FlashInferAttention(torch.device("cuda:1"))
-
-
 def test_kernels_that_cannot_be_compiled_are_refused_at_the_start(load_runner, library, monkeypatch):
     """Not in the first request's first step, and not by serving the model in another way than was asked for."""
 

@@ -34,6 +34,12 @@ def requests(**sampling) -> list[DrivenRequest]:
     return [DrivenRequest(p, OUTPUT_COUNT, first_step=i, **sampling) for i, p in enumerate(prompts(LENGTHS))]
 
 
+@pytest.fixture(scope="module")
+def llama(load_runner):
+    """One that nothing is done to but run steps."""
+    return load(load_runner, "llama")
+
+
 def assert_same(architecture: str, runner) -> None:
     """Every request has the tokens of `generate()`."""
     driven = requests()
@@ -72,12 +78,12 @@ def test_a_model_that_reworks_its_keys_is_left_to_torch(load_runner):
     assert_same("deepseek_v3", runner)
 
 
-def test_drawn_tokens_are_those_that_any_executor_draws(load_runner):
+def test_drawn_tokens_are_those_that_any_executor_draws(llama, load_runner):
     """A request that goes on at another executor goes on with the same text."""
     sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 5}
     here, elsewhere = requests(**sampling), requests(**sampling)
 
-    drive(load(load_runner, "llama"), here)
+    drive(llama, here)
     drive(load_runner("llama", native=False), elsewhere)
 
     assert [request.output_ids for request in here] == [request.output_ids for request in elsewhere]
@@ -100,9 +106,9 @@ def test_recorded_steps_are_those_that_are_launched_kernel_by_kernel(load_runner
     assert [request.output_ids for request in here] == [request.output_ids for request in elsewhere]
 
 
-def test_a_step_finds_the_tokens_of_the_one_before_on_the_device(load_runner):
+def test_a_step_finds_the_tokens_of_the_one_before_on_the_device(llama):
     """The host need not know a token before the next one is computed from it."""
-    runner = load(load_runner, "llama")
+    runner = llama
     told, late = ([DrivenRequest(p, 2) for p in prompts((5, 3, 9))] for _ in range(2))
     drive(runner, told, chunk=16)
 
@@ -120,9 +126,9 @@ def test_a_step_finds_the_tokens_of_the_one_before_on_the_device(load_runner):
     assert [list(pair) for pair in zip(*outputs, strict=True)] == [request.output_ids for request in told]
 
 
-def test_a_row_without_finite_logits_is_named(load_runner):
+def test_a_row_without_finite_logits_is_named(llama):
     """The others are told apart from it by its slot."""
-    runner = load(load_runner, "llama")
+    runner = llama
     driven = [DrivenRequest(p, 2) for p in prompts((5, 3))]
     blocks = Blocks(runner, 0)
     for request in driven:
@@ -137,9 +143,9 @@ def test_a_row_without_finite_logits_is_named(load_runner):
         runner.run(step_batch(driven, [1, 1], [True, True]))
 
 
-def test_a_prompt_without_its_end_samples_nothing(load_runner):
+def test_a_prompt_without_its_end_samples_nothing(llama):
     """A step may consist of the first part of one prompt."""
-    runner = load(load_runner, "llama")
+    runner = llama
     request = DrivenRequest(list(range(3, 13)), 1)
     blocks = Blocks(runner, 0)
     blocks.extend(request, 4)
@@ -149,9 +155,9 @@ def test_a_prompt_without_its_end_samples_nothing(load_runner):
     assert output.token_ids.shape == (0,)
 
 
-def test_times_of_a_step_are_told(load_runner):
+def test_times_of_a_step_are_told(llama):
     """Where a step's time goes is what an operator looks at first."""
-    runner, request = load(load_runner, "llama"), DrivenRequest([5, 6, 7], 3)
+    runner, request = llama, DrivenRequest([5, 6, 7], 3)
     blocks = Blocks(runner, 0)
     advance(runner, blocks, [request], 8)
     blocks.extend(request, 4)
@@ -187,7 +193,7 @@ GROUPS = (LayerGroup(4), LayerGroup(6, window=9))
 def sampling_of(rows: list[int]) -> SamplingBatch:
     count = len(rows)
     return SamplingBatch(
-        row_index=np.array(rows),
+        row_index=np.array(rows, dtype=np.int64),
         temperature=np.linspace(0, 1, count, dtype=np.float32),
         top_k=np.arange(count),
         top_p=np.linspace(0.1, 1, count, dtype=np.float32),
@@ -310,7 +316,9 @@ def test_results_are_kept_until_they_are_read():
 def test_what_cannot_be_recorded_is_launched(load_runner, monkeypatch):
     """A model may do what no graph can hold; it is served all the same, and more slowly."""
     monkeypatch.setattr("executor_svc.gpu.queue.queue_for", RefusingQueue)
-    runner = load(load_runner, "llama", graphs=True)
+    runner = load(load_runner, "llama", graphs=True, max_num_seqs=2, max_num_batched_tokens=24)
 
     assert not runner._device_steps._recorded
-    assert_same("llama", runner)
+    driven = [DrivenRequest([5, 6, 7], 2)]
+    drive(runner, driven)
+    assert driven[0].output_ids == generate(build_model("llama"), [5, 6, 7], 2)
