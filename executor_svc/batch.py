@@ -132,6 +132,7 @@ class RunnerInfo:
     slot_count: int  # requests at once
     step_token_count: int  # tokens one step may compute
     cache_bytes: int
+    device_count: int = 1  # that share the model
 
 
 class Runner(Protocol):

@@ -57,7 +57,8 @@ class ExecutorConfig:
     of a small step takes longer than computing it."""
 
     tensor_parallel: int = 1
-    """GPUs that share one model too large for one of them. Each gets a process of its own; they fail as one."""
+    """GPUs that share one model too large for one of them, the first ones that the process sees. Each gets a process of
+    its own; they fail as one."""
 
     keep_checks: bool = True
     """Whether a start that tested the model and measured its largest step keeps the results, and later ones of the same
@@ -68,7 +69,7 @@ class ExecutorConfig:
 
     cache_memory_bytes: int = 0
     """Memory for keys and values. 0: on a GPU what `memory_utilization` leaves when the weights are loaded and the
-    largest step has run, on a CPU a quarter of what is available then, at most 4 GiB."""
+    largest step has run, on a CPU a quarter of what is available then, at most 4 GiB. Of each of several GPUs."""
 
     memory_utilization: float = 0.9
     """Share of a GPU's memory that weights, cache and the largest step may use together."""
@@ -133,6 +134,11 @@ def check_settings(config: ExecutorConfig) -> None:
         raise SettingsError(f"attention must be {', '.join(map(repr, ATTENTION))}, got '{config.attention}'")
     if config.tensor_parallel < 1:
         raise SettingsError(f"tensor parallel must be 1 (one GPU) or more, got {config.tensor_parallel}")
+    if config.tensor_parallel > 1 and config.weights:
+        raise SettingsError(
+            f"{config.weights} weights are for steps in C++, on one CPU, but tensor parallel is "
+            f"{config.tensor_parallel}; leave one of the two out"
+        )
     if config.threads < 0:
         raise SettingsError(f"threads must be 0 (all cores) or more, got {config.threads}")
     if not 0 < config.memory_utilization <= 1:

@@ -55,6 +55,10 @@ def load_runner(config: ExecutorConfig, progress: Progress) -> Runner:
 
         time.sleep(config.fake_load_us / 1e6)
         return FakeRunner(config)
+    if config.tensor_parallel > 1:
+        from executor_svc.ranks.runner import RankedRunner
+
+        return RankedRunner.load(config, progress)
     _begin_building(config)
     from executor_svc.torch_runner import TorchRunner
 
@@ -179,6 +183,7 @@ async def _serve(config: ExecutorConfig, runner: Runner, times: StartTimes) -> i
         model=info.name,
         dtype=info.dtype,
         mode=info.mode,
+        devices=info.device_count,
         cache_blocks=info.block_count,
         block_tokens=[group.block_size for group in info.layer_groups],
         cache_mib=info.cache_bytes // 2**20,
@@ -190,6 +195,7 @@ async def _serve(config: ExecutorConfig, runner: Runner, times: StartTimes) -> i
     except (RefusedError, BrokenDeviceError) as error:
         log.error("the executor ends", reason=str(error))
         exit_code = 1
-    if not await asyncio.to_thread(app.join_thread):
-        os._exit(exit_code)  # a stuck device never gives its thread back
+    has_ended = await asyncio.to_thread(app.join_thread)
+    if not has_ended or info.device_count > 1:
+        os._exit(exit_code)  # a stuck device never gives its thread back, nor NCCL a process that others still expect
     return exit_code

@@ -84,23 +84,24 @@ def load_model(
     weights: str = "",
     paged: PagedAttention | None = None,
     fuses: bool = False,
+    rank_count: int = 1,
 ) -> LoadedModel:
     """Load the serving folder at `path` and prove that its steps compute what the model computes.
 
     With `native_threads` they run in C++ where the machine and the model allow it, else in torch; with `weights` int8,
     which are rounded so first, in C++ or not at all. With `paged` attention steps read what they need on the device,
     where `fuses` says so as fused kernels if the model allows it. What `kept` says of an earlier start is not tested
-    again.
+    again. Of a model that `rank_count` ranks share this loads the part of one; all of them have to load it at once.
 
     Raises:
         ModelError: the folder, the model or `max_model_len` is not fit to serve.
     """
     progress("reading the configuration", 0.0)
     folder = open_folder(path)
-    config = _load_config(folder.path)
+    config = load_config(folder.path)
     context_length = context_length_of(config.get_text_config(), max_model_len)
 
-    files = _ModelFiles(folder.path, config, device, dtype, weights)
+    files = _ModelFiles(folder.path, config, device, dtype, weights, rank_count)
     steps, failed_native = _Start(files, backend, context_length, kept, progress, paged, fuses).steps(native_threads)
     return LoadedModel(
         steps=steps,
@@ -123,6 +124,7 @@ class _ModelFiles:
     device: torch.device
     dtype: torch.dtype  # in which it is served
     weights: str  # as which its matrices are; empty: that type
+    rank_count: int = 1  # of processes that share it
 
     @property
     def class_name(self) -> str:
@@ -166,7 +168,9 @@ class _ModelFiles:
 
     def _load(self, dtype: torch.dtype | None, device: torch.device | None = None) -> PreTrainedModel:
         """The model in a type, and on a device; None: in that of its files, in the host's memory."""
-        placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+        placed: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+        if self.rank_count > 1:
+            placed = {"distributed_config": _shared_by(self.rank_count)}  # on the rank's own device
         try:
             dtype = dtype or self._stored_dtype()
             with _quiet_transformers():
@@ -184,6 +188,13 @@ class _ModelFiles:
                 f"the weights in '{self.path}' cannot be loaded: {reason}; "
                 "make the folder again with `paceline prepare`"
             ) from error
+
+
+def _shared_by(rank_count: int) -> Any:
+    """How `from_pretrained` divides a model between the ranks: by transformers' own plan."""
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(tp_size=rank_count, tp_plan="auto")
 
 
 def choose_device(name: str) -> torch.device:
@@ -248,7 +259,8 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def _load_config(path: Path) -> Any:
+def load_config(path: Path) -> Any:
+    """The configuration of the model in a folder. Raises `ModelError` where nothing here could run it."""
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -45,18 +46,21 @@ def device_cache_budget(device: torch.device, utilization: float, taken_at_start
 
 
 def bytes_kept_by(device: torch.device, work: Callable[[], object]) -> int:
-    """What `work` takes on the GPU for as long as its result is kept; it is let go here. 0 on a CPU."""
+    """What the result of `work` keeps on a GPU until it is let go, which is done here. 0 on a CPU."""
     if device.type == "cpu":
         return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before = taken_bytes(device)
     result = work()
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    taken = taken_bytes(device) - before
+    kept = _settled_bytes(device)
     del result
-    return max(0, taken)
+    return max(0, kept - _settled_bytes(device))
+
+
+def _settled_bytes(device: torch.device) -> int:
+    """What is taken once nothing runs and nothing is kept for later."""
+    torch.cuda.synchronize(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return taken_bytes(device)
 
 
 def run_largest_step(loaded: LoadedModel, config: ExecutorConfig) -> int:

@@ -13,14 +13,16 @@ log = structlog.get_logger()
 
 Progress = Callable[[str, float], None]
 
-_FIELDS = {  # what a phase is called while it lasts -> in the log
+_FIELDS = {  # how a phase begins to be called while it lasts -> in the log
     "importing": "imports_s",
+    "starting the ranks": "ranks_s",
     "reading the configuration": "configuration_s",
     "building steps in C++": "build_s",
     "loading the weights": "weights_s",
     "packing the weights": "packing_s",
     "testing the model": "self_test_s",
     "running the largest step": "largest_step_s",
+    "recording": "recording_s",
     "making the cache": "cache_s",
     "ready": "listening_s",
 }
@@ -55,6 +57,6 @@ class StartTimes:
 
     def _end_phase(self) -> None:
         now = self._clock()
-        field = _FIELDS[self._phase]
+        (field,) = (field for name, field in _FIELDS.items() if self._phase.startswith(name))
         self.seconds[field] = self.seconds.get(field, 0.0) + now - self._since
         self._since = now

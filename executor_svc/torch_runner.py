@@ -29,6 +29,7 @@ from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dt
 from executor_svc.native.build import library_key, processor
 from executor_svc.native.model import NativeDecoder, NativeRun
 from executor_svc.pool_geometry import PoolGeometry
+from executor_svc.ranks.group import RankGroup
 from executor_svc.sampler import NonFiniteLogitsError, sample
 from executor_svc.self_test import StepModel
 from executor_svc.sizing import (
@@ -76,10 +77,11 @@ class TorchRunner:
         )
 
     @classmethod
-    def load(cls, config: ExecutorConfig, progress: Progress) -> TorchRunner:
+    def load(cls, config: ExecutorConfig, progress: Progress, group: RankGroup | None = None) -> TorchRunner:
         """Load the model, test it, measure what memory is left and make the cache of it.
 
-        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1.
+        `progress` is told the name of each phase and how much of the whole is done, from 0 to 1. With a `group` this
+        process has one rank's part of the model, and every rank does the same at once.
 
         Raises:
             ModelError: the model or the settings cannot be served; the message says what to change.
@@ -107,22 +109,21 @@ class TorchRunner:
             config.weights,
             paged,
             config.native,
+            group.size if group else 1,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
-        step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
-        geometry = loaded.steps.traits.geometry(config.block_size)
-        if loaded.steps.reads_inputs:
-            trial = _within(progress, 0.72, 0.85)  # the first start compiles kernels here
-            step_bytes += bytes_kept_by(
-                device, lambda: _device_steps(loaded, _pool(loaded, geometry, 1), config, trial)
-            )
+        step_bytes = _step_bytes(loaded, config, kept, check_file, progress) + _recorded_bytes(loaded, config, progress)
         progress("making the cache", 0.85)
         budget = config.cache_memory_bytes or (
             host_cache_budget(available, step_bytes)
             if device.type == "cpu"
             else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         )
-        pool = _pool(loaded, geometry, block_count(loaded, geometry, config, budget))
+        geometry = loaded.steps.traits.geometry(config.block_size)
+        count = block_count(loaded, geometry, config, budget)
+        if group:
+            count = group.least(count)  # a block is in the caches of all ranks
+        pool = _pool(loaded, geometry, count)
         told = _within(progress, 0.87, 1.0)
         device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
         if device.type == "cuda":
@@ -217,6 +218,17 @@ def _check_capability(name: str, device: torch.device) -> None:
             f"attention '{name}' needs compute capability 8.0 (Ampere) or later and "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; choose --attention torch"
         )
+
+
+def _recorded_bytes(loaded: LoadedModel, config: ExecutorConfig, progress: Progress) -> int:
+    """What recorded steps take on a GPU beside the memory of those that are launched: found over a cache of one block.
+
+    What kernels take once they are compiled and loaded, which the first start does here, stays taken and is not in it.
+    """
+    if not loaded.steps.reads_inputs:
+        return 0
+    told, trial = _within(progress, 0.72, 0.85), _pool(loaded, loaded.steps.traits.geometry(config.block_size), 1)
+    return bytes_kept_by(loaded.steps.device, lambda: _device_steps(loaded, trial, config, told))
 
 
 def _within(progress: Progress, start: float, end: float) -> Progress:

@@ -18,11 +18,10 @@ from executor_svc.gpu.attention_kernels import combine_kernel, decode_kernel, pr
 from executor_svc.gpu.inputs import StepInputs
 
 STORED_AT_ONCE = 2048  # numbers that one program of the store kernel writes
-KEY_BYTES_AT_ONCE = 16384  # of one tile of keys that decodes read: two or three on their way keep a multiprocessor busy
 SPLIT_LIMIT = 64  # splits of one row: what they attended has to be put together
 PROGRAMS_PER_CORE = 16  # that decodes should come to: rows of unequal length then even out
 CROWDED = 64  # programs per core without any split from which on rows are not split
-LEAST_KEYS = 256  # that are worth a split of their own
+LEAST_KEYS = 128  # that are worth a split of their own: two tiles of most models' keys
 
 
 class Tiles(NamedTuple):
@@ -32,6 +31,15 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int  # tiles of keys that are loaded or computed at one time, about
+
+
+# By the width of heads. Anything wider or longer spills registers, or does not fit the 99 KB that the smallest devices
+# of compute capability 8 have; tests compile all of it. Where there is more (9.0: 227 KB), tiles are as large as go.
+PROMPT_TILES = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2), 512: Tiles(32, 16, 8, 2)}
+LARGE_PROMPT_TILES = PROMPT_TILES | {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3), 512: Tiles(32, 32, 8, 2)}
+LARGE_SHARED_BYTES = 200 << 10
+FLOAT32_PROMPT_TILES = dict.fromkeys((64, 128, 256), Tiles(32, 16, 8, 2)) | {512: Tiles(16, 16, 4, 2)}
+WIDEST_HEAD = max(PROMPT_TILES)
 
 
 class Splits(NamedTuple):
@@ -76,6 +84,7 @@ def store(
         value_heads=value_heads,
         value_dim=value_dim,
         head_tile=head_tile,
+        enable_fp_fusion=True,
     )
 
 
@@ -105,14 +114,29 @@ def attend(
 
 
 def decode_tiles(group_size: int, key_dim: int, value_dim: int, itemsize: int) -> Tiles:
-    """Tiles of a step in which rows have one token each: what it reads decides how long it takes."""
-    keys = KEY_BYTES_AT_ONCE // (tile_of(max(key_dim, value_dim)) * itemsize)
-    return Tiles(tile_of(group_size), min(max(keys, 16), 128), warps=4, stages=3)
+    """Tiles of rows with one token: small enough that several programs share a multiprocessor, each with keys and
+    values of two tiles, 64 KB together, on their way.
+    """
+    key_bytes = _width_of(key_dim, value_dim) * itemsize
+    keys = max(16, (16384 if itemsize < 4 else 8192) // key_bytes)
+    queries = tile_of(group_size)
+    return Tiles(queries, keys, warps=4 if queries <= 32 else 8, stages=3 if keys * key_bytes <= 16384 else 2)
 
 
 def prompt_tiles(group_size: int, key_dim: int, value_dim: int, itemsize: int, shared_bytes: int) -> Tiles:
-    """Tiles of rows with several tokens: the larger, the less often keys are read, as far as shared memory goes."""
-    return Tiles(max(64, tile_of(group_size)), 32, warps=4, stages=2)
+    """Tiles of rows with several tokens: the more queries, the less often keys are read."""
+    table = LARGE_PROMPT_TILES if shared_bytes >= LARGE_SHARED_BYTES else PROMPT_TILES
+    tiles = (FLOAT32_PROMPT_TILES if itemsize == 4 else table)[_width_of(key_dim, value_dim)]
+    return tiles._replace(queries=max(tiles.queries, tile_of(group_size)))
+
+
+def _width_of(key_dim: int, value_dim: int) -> int:
+    widest = max(key_dim, value_dim)
+    if widest > WIDEST_HEAD:
+        raise ValueError(
+            f"attention heads have {widest} numbers, and Triton's tiles {WIDEST_HEAD}; use attention 'torch'"
+        )
+    return max(64, int(tile_of(widest)))
 
 
 def decode_splits(row_count: int, key_heads: int, core_count: int) -> Splits:
@@ -170,6 +194,7 @@ def _attend_decodes(
             chunk=source.visibility.chunk,
             value_dim=value_dim,
             key_tile=tiles.keys,
+            enable_fp_fusion=True,
         )
 
 
@@ -206,8 +231,9 @@ def _attend_prompts(
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may have."""
     if device.type != "cuda":
-        return 227 << 10
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+        return LARGE_SHARED_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _strides(heads: torch.Tensor) -> tuple[int, int]:

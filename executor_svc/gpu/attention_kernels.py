@@ -22,7 +22,7 @@ def tile_of(dim):
     return max(16, triton.next_power_of_2(dim))
 
 
-@triton.jit(do_not_specialize=["rows", "tables", "table_starts", "table_offset"])
+@triton.jit(do_not_specialize=["positions", "rows", "tables", "table_starts", "table_offset"])
 def store_kernel(
     key,
     value,
@@ -49,26 +49,25 @@ def store_kernel(
     """Write the key and the value of one token, some of its heads, into its slot."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token)
-    is_owned = row >= 0
     position = tl.load(positions + token)
-    table = tables + tl.load(table_starts + table_offset + row, mask=is_owned, other=0)
-    block = tl.load(table + position // block_size, mask=is_owned, other=0).to(tl.int64)
+    if row < 0:
+        return
+    table = tables + tl.load(table_starts + table_offset + row)
+    block = tl.load(table + position // block_size).to(tl.int64)
     offset = position % block_size
     head = (tl.program_id(1) * head_tile + tl.arange(0, head_tile)).to(tl.int64)[:, None]
 
     column = tl.arange(0, tile_of(key_dim))[None, :]
-    is_written = (head < tl.where(is_owned, key_heads, 0)) & (column < key_dim)
-    new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_written)
-    slot = block * key_stride + offset
-    tl.store(keys + (slot * key_heads + head) * key_dim + column, new.to(keys.dtype.element_ty), mask=is_written)
+    is_in_head = (head < key_heads) & (column < key_dim)
+    new = tl.load(key + head * key_head_stride + token * key_token_stride + column, mask=is_in_head)
+    place = ((block * key_stride + offset) * key_heads + head) * key_dim + column
+    tl.store(keys + place, new.to(keys.dtype.element_ty), mask=is_in_head)
 
     column = tl.arange(0, tile_of(value_dim))[None, :]
-    is_written = (head < tl.where(is_owned, value_heads, 0)) & (column < value_dim)
-    new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_written)
-    slot = block * value_stride + offset
-    tl.store(
-        values + (slot * value_heads + head) * value_dim + column, new.to(values.dtype.element_ty), mask=is_written
-    )
+    is_in_head = (head < value_heads) & (column < value_dim)
+    new = tl.load(value + head * value_head_stride + token * value_token_stride + column, mask=is_in_head)
+    place = ((block * value_stride + offset) * value_heads + head) * value_dim + column
+    tl.store(values + place, new.to(values.dtype.element_ty), mask=is_in_head)
 
 
 @triton.jit
@@ -179,10 +178,11 @@ def attend_range(
 @triton.jit
 def split_range(first, end, split, split_limit, least_keys, key_tile: tl.constexpr):
     """The part of the keys [first, end) that a split attends to, and how many splits have any; at least one does."""
-    tiles = tl.cdiv(end - first, key_tile)
-    splits = tl.maximum(tl.minimum(split_limit, tl.cdiv(end - first, least_keys)), 1)
-    tiles_each = tl.cdiv(tiles, splits)
-    used = tl.maximum(tl.cdiv(tiles, tl.maximum(tiles_each, 1)), 1)
+    keys = tl.maximum(end - first, 1)
+    tiles = (keys + key_tile - 1) // key_tile
+    splits = tl.minimum(split_limit, (keys + least_keys - 1) // least_keys)
+    tiles_each = (tiles + splits - 1) // splits
+    used = (tiles + tiles_each - 1) // tiles_each
     begin = first + split * tiles_each * key_tile
     return begin, tl.minimum(begin + tiles_each * key_tile, end), used
 
@@ -223,10 +223,11 @@ def decode_kernel(
     """Attend from the only token of one row, the query heads of one key head, to one split of its keys."""
     key_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     split_limit = tl.num_programs(1)
-    token = tl.load(row_starts + row).to(tl.int64)
-    if tl.load(row_starts + row + 1) != token + 1:
-        return
+    token, row_end = tl.load(row_starts + row).to(tl.int64), tl.load(row_starts + row + 1)
     context = tl.load(contexts + row)
+    table = tables + tl.load(table_starts + table_offset + row)
+    if row_end != token + 1:  # only now: what comes after it waits for it
+        return
     first = first_seen(context - 1, window, chunk)
     begin, end, used = split_range(first, context, split, split_limit, least_keys, key_tile)
     if split >= used:
@@ -255,7 +256,7 @@ def decode_kernel(
         end,
         keys + key_head * key_dim,
         values + key_head * value_dim,
-        tables + tl.load(table_starts + table_offset + row),
+        table,
         key_stride,
         value_stride,
         scale,
@@ -300,13 +301,11 @@ def combine_kernel(
 ):
     """Put together what the splits of one decoding row attended, one query head; always in the same order."""
     head, row = tl.program_id(0), tl.program_id(1)
-    token = tl.load(row_starts + row).to(tl.int64)
-    if tl.load(row_starts + row + 1) != token + 1:
-        return
+    token, row_end = tl.load(row_starts + row).to(tl.int64), tl.load(row_starts + row + 1)
     context = tl.load(contexts + row)
     first = first_seen(context - 1, window, chunk)
     _, _, used = split_range(first, context, 0, split_limit, least_keys, key_tile)
-    if used == 1:
+    if (used == 1) | (row_end != token + 1):
         return
     part = (row.to(tl.int64) * tl.num_programs(0) + head) * split_limit
     column = tl.arange(0, tile_of(value_dim))

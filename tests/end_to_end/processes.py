@@ -50,6 +50,10 @@ class Process:
         return self._output.read_text(errors="replace")
 
     @property
+    def process_id(self):
+        return self._process.pid
+
+    @property
     def has_ended(self):
         return self._process.poll() is not None
 

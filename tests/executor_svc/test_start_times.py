@@ -18,6 +18,8 @@ def test_every_second_of_a_start_belongs_to_a_phase(capsys):
         ("reading the configuration", 1.0),
         ("testing the model", 0.5),
         ("packing the weights", 0.25),
+        ("recording mixed steps of 512 tokens", 0.03125),
+        ("recording decoding steps of 64 tokens", 0.03125),
         ("testing the model", 0.125),
         ("ready", 0.0625),
     ):
@@ -31,10 +33,11 @@ def test_every_second_of_a_start_belongs_to_a_phase(capsys):
         "configuration_s": 1.0,
         "self_test_s": 0.625,
         "packing_s": 0.25,
+        "recording_s": 0.0625,
         "listening_s": 0.0625,
     }
     line = json.loads(capsys.readouterr().err.splitlines()[-1])
-    assert (line["event"], line["seconds"], line["packing_s"]) == ("executor started", 3.94, 0.25)
+    assert (line["event"], line["seconds"], line["packing_s"]) == ("executor started", 4.0, 0.25)
 
 
 def test_the_age_of_a_process_counts_from_its_creation():

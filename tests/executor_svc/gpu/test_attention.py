@@ -27,8 +27,8 @@ EXACT = {"atol": 3e-6, "rtol": 1e-5}
 class Case:
     """Rows of one step over a pool of random keys and values; what nobody sees of it is NaN."""
 
-    query_lengths: tuple[int, ...] = (1, 9, 1, 5, 1, 1)
-    context_lengths: tuple[int, ...] = (30, 9, 1, 23, 7, 8)
+    query_lengths: tuple[int, ...] = (1, 9, 5, 1)
+    context_lengths: tuple[int, ...] = (30, 9, 23, 1)
     key_heads: int = 2
     group_size: int = 3
     key_dim: int = 16
@@ -102,7 +102,7 @@ class Pool:
             inputs,
             token_ids=torch.nn.functional.pad(inputs.token_ids, token_padding),
             positions=torch.nn.functional.pad(inputs.positions, token_padding, value=3),
-            rows=torch.cat([inputs.rows, len(self.contexts) + torch.arange(token_padding[1], device=DEVICE)]).int(),
+            rows=torch.nn.functional.pad(inputs.rows, token_padding, value=-1),
             row_starts=torch.cat([inputs.row_starts, ends.int()]),
             contexts=torch.nn.functional.pad(inputs.contexts, (0, case.padding_rows)),
             table_starts=torch.nn.functional.pad(inputs.table_starts, (0, case.padding_rows)),
@@ -133,12 +133,12 @@ def attend(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, t
 
 WINDOW = Visibility(window=6)
 CHUNKS = Visibility(chunk=8)
-DECODES = Case(query_lengths=(1, 1, 1, 1), context_lengths=(70, 1, 33, 16))
+DECODES = Case(query_lengths=(1, 1, 1), context_lengths=(70, 1, 16))
 CASES = {
     "prefill, chunk and decode": Case(),
     "decodes": DECODES,
     "one split": replace(DECODES, splits=Splits(1, 1)),
-    "many splits": replace(DECODES, splits=Splits(20, 1), tiles=Tiles(16, 2, 4, 2)),
+    "many splits": Case((1,), (70,), key_heads=1, splits=Splits(20, 1), tiles=Tiles(16, 2, 4, 2)),
     "padding rows": Case(padding_rows=3, padding_tokens=5),
     "padding rows that decode": replace(DECODES, padding_rows=3, has_sinks=True),
     "one head per group": Case(group_size=1),
@@ -157,6 +157,7 @@ CASES = {
     "chunks": Case(visibility=CHUNKS),
     "chunks of decodes": replace(DECODES, visibility=Visibility(chunk=24)),
     "softcap": Case(softcap=0.7),
+    "softcap far above the scores": Case(softcap=100.0),
     "sinks": Case(has_sinks=True),
     "softcap, sinks and window": Case(softcap=0.7, has_sinks=True, visibility=WINDOW),
     "softcap, sinks and decodes": replace(DECODES, softcap=0.7, has_sinks=True),
@@ -172,7 +173,7 @@ def test_computes_the_rule(case, monkeypatch):
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 40)), min_size=1, max_size=4),
     visibility=st.sampled_from([FULL, Visibility(window=1), Visibility(window=17), Visibility(chunk=16)]),
@@ -209,16 +210,50 @@ def test_bfloat16_loses_no_more_than_rounding(case, monkeypatch):
 
 def test_real_tiles_compute_the_rule():
     """What is launched on a GPU, on a step that is long enough for several tiles and splits."""
-    pool = Pool(Case((1, 40, 1), (700, 150, 300), key_heads=1, group_size=2, key_dim=64, value_dim=64))
-    attended = attention.attend(
-        pool.query, pool.keys, pool.values, pool.inputs(), pool.source, pool.rule, core_count=132
-    )
+    pool = Pool(Case((1, 20, 1), (600, 150, 150), key_heads=1, group_size=2, key_dim=64, value_dim=64))
+    attended = attention.attend(pool.query, pool.keys, pool.values, pool.inputs(), pool.source, pool.rule, core_count=1)
 
     torch.testing.assert_close(attended.double().cpu(), pool.expected(), **EXACT)
 
 
 def test_is_the_same_every_time(monkeypatch):
     """A request gets the same tokens when its step is run again."""
-    runs = [attend(replace(DECODES, splits=Splits(20, 1), dtype=torch.bfloat16), monkeypatch)[0] for _ in range(2)]
+    runs = [attend(Case((1,), (70,), key_heads=1, splits=Splits(4, 1)), monkeypatch)[0] for _ in range(2)]
 
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("case", [Case(padding_rows=2, padding_tokens=3), replace(DECODES, padding_rows=2)])
+def test_stores_each_token_in_its_slot_and_padding_nowhere(case):
+    """A slot of another request would be overwritten without anybody noticing."""
+    case = replace(case, key_stride=8, value_stride=12, value_dim=8, block_size=3)
+    pool = Pool(case)
+    key = torch.randn(case.key_heads, pool.query.shape[1], case.key_dim, device=DEVICE)
+    value = torch.randn(pool.query.shape[1], case.key_heads, case.value_dim, device=DEVICE).transpose(0, 1)
+    keys, values = pool.keys.clone(), pool.values.clone()
+    attention.store(key, value, keys, values, pool.inputs(), pool.source)
+
+    for new, slots, before, after in (
+        (key, pool.key_slots, pool.keys, keys),
+        (value, pool.value_slots, pool.values, values),
+    ):
+        written = [row[-length:] for row, length in zip(slots, case.query_lengths, strict=True)]
+        expected = before.index_copy(
+            0, torch.from_numpy(np.concatenate(written)).to(DEVICE), new.transpose(0, 1)[: sum(case.query_lengths)]
+        )
+        torch.testing.assert_close(after, expected, equal_nan=True, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("row_count", "splits"),
+    [(1, Splits(64, 128)), (16, Splits(17, 128)), (64, Splits(5, 256)), (256, Splits(4, 1024)), (2048, Splits(1, 1))],
+)
+def test_rows_are_split_by_what_the_batch_leaves_idle(row_count, splits):
+    """One long row alone must use the whole device; among many, splitting it only costs. Eight key heads on an H200."""
+    assert attention.decode_splits(row_count, key_heads=8, core_count=132) == splits
+
+
+def test_refuses_heads_that_are_too_wide_with_the_way_out():
+    """Expanded latents of some models are wider than a tile can be."""
+    with pytest.raises(ValueError, match="576 numbers, and Triton's tiles 512; use attention 'torch'"):
+        attention.decode_tiles(16, key_dim=576, value_dim=512, itemsize=2)
