@@ -68,7 +68,12 @@ class Engine:
         self._thread.stop()
         self._thread.join()
 
-    def run(self, workload: Workload, on_tokens: Callable[[int], None] = lambda _count: None) -> list[Answer]:
+    def run(
+        self,
+        workload: Workload,
+        on_tokens: Callable[[int], None] = lambda _count: None,
+        on_result: Callable[[pb.StepResult], None] = lambda _result: None,
+    ) -> list[Answer]:
         """Give all prompts at once and go on until every token is there; nothing is kept from the run before."""
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         attachment = Attachment(1, "offline", resume=False, outcomes=cast("asyncio.Queue[Outcome | None]", outcomes))
@@ -83,7 +88,9 @@ class Engine:
         step_count = 0  # on their way
         while scheduler.request_count:
             step_count += self._plan_ahead(scheduler, attachment, step_count)
-            outputs = scheduler.apply(EXECUTOR, wire.decode_result(_result(outcomes)))
+            result = _result(outcomes)
+            on_result(result)
+            outputs = scheduler.apply(EXECUTOR, wire.decode_result(result))
             step_count -= 1
             _check_ends(outputs)
             now = time.perf_counter()

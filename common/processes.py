@@ -23,7 +23,15 @@ def common_protocol(newest: int, oldest: int) -> int | None:
 ANY_PORT = -1
 """Stands for a port that the system picks, where 0 means none."""
 
-RELEASE = importlib.metadata.version("paceline-server")
+
+def _release() -> str:
+    try:
+        return importlib.metadata.version("paceline-server")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # it runs from a checkout that is only on the path
+
+
+RELEASE = _release()
 
 T = TypeVar("T")
 

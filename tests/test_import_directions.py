@@ -79,6 +79,20 @@ ALLOWED = {
         "transformers",
         "vllm",
     },
+    # What needs a GPU, and runs there from a bare checkout.
+    "benchmarks/gpu": {
+        "benchmarks",
+        "common",
+        "executor_svc",
+        "grpc",
+        "numpy",
+        "packaging",
+        "paceline",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "triton",
+    },
     # Scripts are run one at a time and may ask the tests for their servers; no service imports from here.
     "benchmarks": {
         "autoscaler_svc",

@@ -5,6 +5,7 @@ Both run on a CPU too, under Triton's interpreter and with tiny sizes, to rehear
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -64,20 +65,18 @@ _REHEARSED = [
 ]
 
 
-def check(device: str, rehearse: bool) -> list[dict[str, Any]]:
-    """The worst relative error of any head of any token, for each kind of layer and of step."""
+def check(device: str, rehearse: bool) -> Iterator[dict[str, Any]]:
+    """The worst relative error of any head of any token, for each kind of layer and of step, as they come."""
     steps = {
         "decodes": ([1, 1, 1, 1], [5, 33, 1, 20] if rehearse else [1, 3000, 33, 9001]),
         "prompts and decodes": ([1, 7, 9], [30, 7, 21]) if rehearse else ([1, 700, 300, 1], [4097, 700, 2500, 17]),
     }
-    rows = []
     for layer in _REHEARSED if rehearse else _LAYERS:
         for step, lengths in steps.items():
             error = _Step(layer, *lengths, torch.device(device)).error()
             limit = _LIMITS[layer.dtype]
             name = f"attention, {layer.name}, {step}"
-            rows.append({"name": name, "error": error, "limit": limit, "is_right": error <= limit})  # NaN is not
-    return rows
+            yield {"name": name, "error": error, "limit": limit, "is_right": error <= limit}  # NaN is not
 
 
 class _Step:
@@ -155,17 +154,20 @@ class _Step:
             yield (scores.softmax(-1)[..., : len(key)] @ v).transpose(0, 1)
 
 
-def speed(device: str, rehearse: bool, bandwidth: float | None = None) -> list[dict[str, Any]]:
-    """How long attention of one layer of Llama 8B takes; `bandwidth` is what the device can read, in GB/s."""
+def speed(device: str, rehearse: bool) -> Iterator[dict[str, Any]]:
+    """How long attention of one layer of Llama 8B takes."""
     layer = _REHEARSED[0] if rehearse else _LLAMA
     batches = (1, 3) if rehearse else (1, 16, 64, 256)
     contexts = (20, 50) if rehearse else (1024, 8192, 32768)
     prompts = ((9, 9), (9, 30)) if rehearse else ((2048, 2048), (8192, 8192), (2048, 32768))
     pool = _Pool(layer, batches[-1] * -(-contexts[-1] // layer.block_size), torch.device(device))
-    rows = [pool.decode(batch, context, bandwidth) for batch in batches for context in contexts]
-    rows += [pool.prompt(length, context) for length, context in prompts]
-    rows.append(pool.store(prompts[-1][0]))
-    return [row for row in rows if row]
+    for batch, context in itertools.product(batches, contexts):
+        if pool.holds(batch, context):
+            yield pool.decode(batch, context)
+    for length, context in prompts:
+        if pool.holds(1, context):
+            yield pool.prompt(length, context)
+    yield pool.store(prompts[-1][0])
 
 
 class _Pool:
@@ -187,22 +189,23 @@ class _Pool:
         self.rule = ScoreRule(layer.key_dim**-0.5)
         self._draw = np.random.default_rng(1)
 
-    def decode(self, batch: int, context: int, bandwidth: float | None) -> dict[str, Any]:
+    def holds(self, batch: int, context: int) -> bool:
+        """Whether so many rows of so many tokens fit."""
+        return batch * -(-context // self.layer.block_size) <= self.block_count
+
+    def decode(self, batch: int, context: int) -> dict[str, Any]:
         """A decoding step, its launches over different blocks in turn."""
         read_bytes = batch * context * self.token_bytes
-        if batch * -(-context // self.layer.block_size) > self.block_count:
-            return {}  # they do not fit
         launches = self._launches([1] * batch, [context] * batch, read_bytes)
         seconds = _seconds_each(launches, self.device)
         rate = read_bytes / seconds / 1e9
-        share = {} if bandwidth is None else {"of bandwidth": f"{100 * rate / bandwidth:.0f} %"}
         return {
             "name": "decode attention",
             "batch": batch,
             "context": context,
             "µs": round(1e6 * seconds, 2),
             "GB/s": round(rate, 1),
-        } | share
+        }
 
     def prompt(self, length: int, context: int) -> dict[str, Any]:
         """The last `length` tokens of a prompt."""
