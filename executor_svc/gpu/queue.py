@@ -119,7 +119,8 @@ class CudaQueue:
                 graph.capture_end()
         except BaseException:
             with suppress(RuntimeError, AttributeError):  # it has been told already, as it should have been
-                torch.cuda.memory._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                end = torch.cuda.memory._cuda_endAllocateToPool  # type: ignore[attr-defined]  # torch has no public one
+                end(torch.cuda.current_device(), self._pool)
             raise
         return Recording(graph.replay, output)
 
