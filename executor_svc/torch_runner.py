@@ -87,6 +87,8 @@ class TorchRunner:
             ModelError: the model or the settings cannot be served; the message says what to change.
         """
         device = choose_device(config.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches kernels where this thread is, wherever their tensors are
         config = config.sized_for(device.type)
         dtype = choose_dtype(config.dtype, device)
         threads = thread_count(config.threads, device)
@@ -126,8 +128,6 @@ class TorchRunner:
         pool = _pool(loaded, geometry, count)
         told = _within(progress, 0.87, 1.0)
         device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # steps run on a stream of their own, which waits for nothing of this
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
@@ -249,6 +249,9 @@ def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, 
     limits = StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_seqs * entries)
     model = cast(InputsModel, loaded.steps)  # it reads inputs: whoever calls this has asked
     steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
+    if loaded.steps.device.type == "cuda":
+        torch.cuda.synchronize(loaded.steps.device)  # steps run on streams of their own, which wait for nothing of this
+    steps.load_kernels()
     if config.graphs:
         try:
             steps.record(progress)

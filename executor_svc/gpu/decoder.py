@@ -54,6 +54,8 @@ class _Matrix:
         )
         for linear in linears:
             linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+        if matrix.weight.is_cuda:
+            torch.cuda.empty_cache()  # or a smaller matrix comes to lie in what was let go, and keeps the rest of it
         return matrix
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

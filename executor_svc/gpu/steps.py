@@ -61,6 +61,18 @@ class DeviceSteps:
         self._recorded: dict[StepShape, Recording] = {}
         self._last_end: Moment | None = None
 
+    def load_kernels(self) -> None:
+        """Have the kernels compiled and loaded that choose tokens, and those of a step of one row.
+
+        Nothing else does before the first request, and everybody would wait for the seconds that compiling takes.
+        """
+        shape = StepShape(1, 1, 1, is_decode=True)
+        with torch.inference_mode(), self.queue.steps():
+            self._decode_inputs.fill(_empty_batch(len(self._pool.geometry.groups)), shape)
+            logits = self._forward(shape)
+            chosen, finite = self._results[:, :1]
+            sample_rows(logits, self._decode_inputs.sampling(1), chosen, finite, draws=True)
+
     def record(self, progress: Callable[[str, float], None]) -> None:
         """Record the shapes that steps are padded to, largest first, so that smaller ones fit into its memory.
 
