@@ -189,7 +189,7 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
         return None
     if device.type == "cuda":
         _check_capability(name, device)
-    elif not os.environ.get("TRITON_INTERPRET"):
+    elif os.environ.get("TRITON_INTERPRET") != "1":
         raise ModelError(
             f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
             "TRITON_INTERPRET=1 to try kernels out very slowly"
