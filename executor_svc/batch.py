@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -192,6 +193,10 @@ class Failed:
 
     error: Exception
     keeps_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        """Let go what the step had in memory when it failed: it may have failed for want of that."""
+        traceback.clear_frames(self.error.__traceback__)
 
     def wait(self) -> None:
         """There is nothing to wait for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -334,6 +335,7 @@ class Executor:
                 raise failed
             output = self._runner.run(batch)
         except Exception as error:  # noqa: BLE001  the row that is at fault is told of it
+            traceback.clear_frames(error.__traceback__)  # what is in there may be all the memory that the halves need
             if len(batch.slots) == 1:
                 self._note_failure(int(batch.slots[0]), error, computed)
                 return

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 from transformers.utils import logging as transformers_logging
 
 from common.serving_folder import ServingFolder, ServingFolderError, weight_names
@@ -173,7 +173,7 @@ class _ModelFiles:
             placed = {"distributed_config": _shared_by(self.rank_count)}  # on the rank's own device
         try:
             dtype = dtype or self._stored_dtype()
-            with _quiet_transformers():
+            with _quiet_transformers(), _memory_for_each_weight():
                 return AutoModelForCausalLM.from_pretrained(
                     self.path,
                     dtype=dtype,
@@ -429,7 +429,7 @@ def _trial(run: Callable[[], _T]) -> _T:
     """Run a part of the self-test; whatever a model's own code raises there speaks against packed mode."""
     try:
         return run()
-    except (UnpackableError, MemoryError, torch.OutOfMemoryError):
+    except (UnpackableError, ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnpackableError(f"its own code fails there with {type(error).__name__}: {error}") from error
@@ -457,6 +457,21 @@ def _computes_bfloat16(device: torch.device) -> bool:
     # Without such instructions bfloat16 is emulated, which is slower than float32.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(check() for name in checks if (check := getattr(torch.cpu, name, None)))
+
+
+@contextmanager
+def _memory_for_each_weight() -> Iterator[None]:
+    """Let each weight have memory of its own on a GPU.
+
+    Transformers first takes memory for all of them in one piece, of which torch can give nothing back as long as one
+    weight is in it: what is let go there, when fused steps join matrices, would be lost to the cache.
+    """
+    before = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = before
 
 
 @contextmanager

@@ -95,6 +95,8 @@ class TorchRunner:
     def _load(
         cls, config: ExecutorConfig, device: torch.device, progress: Progress, group: RankGroup | None
     ) -> TorchRunner:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches kernels where this thread is, wherever their tensors are
         config = config.sized_for(device.type)
         dtype = choose_dtype(config.dtype, device)
         threads = thread_count(config.threads, device)
@@ -134,8 +136,6 @@ class TorchRunner:
         pool = _pool(loaded, geometry, count)
         told = _within(progress, 0.87, 1.0)
         device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # steps run on a stream of their own, which waits for nothing of this
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
@@ -202,7 +202,7 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
         return None
     if device.type == "cuda":
         _check_capability(name, device)
-    elif not os.environ.get("TRITON_INTERPRET"):
+    elif os.environ.get("TRITON_INTERPRET") != "1":
         raise ModelError(
             f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
             "TRITON_INTERPRET=1 to try kernels out very slowly"
@@ -214,6 +214,10 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
             f"attention '{name}' needs Triton, which is not installed: {error}; install the triton that belongs to "
             "this torch, or choose --attention torch"
         ) from error
+    if name == "flashinfer":
+        from executor_svc.gpu.flashinfer_attention import FlashInferAttention
+
+        return FlashInferAttention(device)
     return TritonAttention(device)
 
 
@@ -258,10 +262,13 @@ def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, 
     limits = StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_seqs * entries)
     model = cast(InputsModel, loaded.steps)  # it reads inputs: whoever calls this has asked
     steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
+    if loaded.steps.device.type == "cuda":
+        torch.cuda.synchronize(loaded.steps.device)  # steps run on streams of their own, which wait for nothing of this
+    steps.load_kernels()
     if config.graphs:
         try:
             steps.record(progress)
-        except torch.OutOfMemoryError:
+        except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
             log.warning("steps are launched kernel by kernel: they cannot be recorded", reason=str(error))

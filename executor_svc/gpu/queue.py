@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,14 +99,29 @@ class CudaQueue:
         return _CudaMoment()
 
     def record(self, work: Callable[[], torch.Tensor]) -> Recording:
-        """A CUDA graph of the work."""
+        """A CUDA graph of the work.
+
+        What waits for the device is refused before recording begins: it would end the recording, and up to torch 2.11
+        the allocator goes on as if one were under way, and raises when it is next told to give memory back.
+        """
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            output = work()
-        finally:
-            graph.capture_end()
+            try:
+                output = work()
+            finally:
+                graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError, AttributeError):  # it has been told already, as it should have been
+                end = torch.cuda.memory._cuda_endAllocateToPool  # type: ignore[attr-defined]  # torch has no public one
+                end(torch.cuda.current_device(), self._pool)
+            raise
         return Recording(graph.replay, output)
 
 
@@ -167,6 +182,11 @@ class _HostMoment:
 
     def seconds_since(self, earlier: Any) -> float:
         return self._at - earlier._at
+
+
+def moment_on(device: torch.device) -> Moment:
+    """The moment at which everything queued so far on the device's present stream has run."""
+    return _CudaMoment() if device.type == "cuda" else _HostMoment()
 
 
 def queue_for(device: torch.device) -> Queue:

@@ -1,5 +1,7 @@
 """The executor's side of the step stream, plan by plan, on the fake model."""
 
+from weakref import WeakSet
+
 import numpy as np
 import pytest
 
@@ -12,12 +14,24 @@ from paceline.internal.v1 import executor_pb2 as pb
 POISON = 66
 
 
+class Activations:
+    """What a step takes of the memory until nobody refers to it."""
+
+
 class StarvedRunner(FakeRunner):
     """Has no memory for more than `limit` tokens in a step, as torch says it."""
 
     limit = 3
 
+    def __init__(self, config: ExecutorConfig) -> None:
+        super().__init__(config)
+        self.taken: WeakSet[Activations] = WeakSet()
+        self.most_taken = 0
+
     def run(self, batch: StepBatch) -> StepOutput:
+        activations = Activations()
+        self.taken.add(activations)
+        self.most_taken = max(self.most_taken, len(self.taken))
         if len(batch.token_ids) > self.limit:
             raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().run(batch)
@@ -194,3 +208,12 @@ def test_a_step_that_lacks_memory_runs_in_smaller_parts():
 
     assert tokens_of(result) == [next_token([1, 2]), next_token([3, 4]), -1]
     assert [(error.slot, error.out_of_memory) for error in result.errors] == [(2, True)]
+
+
+def test_a_step_that_failed_holds_no_memory_while_its_halves_run():
+    """The traceback of its error refers to all that it had computed: halves would find as little room as it did."""
+    config = ExecutorConfig(model="fake", block_size=4, fake_block_count=8, max_num_seqs=4, fake_step_us=0)
+    runner = StarvedRunner(config)
+    Executor(runner).execute(first_plan(start(0, [1, 2], [0]), start(1, [3, 4], [1]), start(2, [5, 6, 7, 8], [2])))
+
+    assert runner.most_taken == 1

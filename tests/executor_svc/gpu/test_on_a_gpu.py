@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from executor_svc.config import ExecutorConfig
+from executor_svc.gpu.queue import CudaQueue
 from executor_svc.torch_runner import TorchRunner
 from paceline import AsyncClient
 from tests.executor_svc.conftest import load_folder
@@ -95,3 +96,28 @@ def test_weights_in_bfloat16_give_finite_logits_in_recorded_steps(tmp_path):
     drive(runner, asked)
 
     assert all(one.is_done for one in asked)
+
+
+def test_what_cannot_be_recorded_leaves_the_device_as_it_was():
+    """Such a model is launched kernel by kernel, by an allocator that gives memory back and records again."""
+    queue = CudaQueue(torch.device(DEVICE))
+    ones = torch.ones(4, device=DEVICE)
+
+    def waits_unseen() -> torch.Tensor:
+        torch.cuda.synchronize()
+        return ones + 1
+
+    torch.cuda.synchronize()
+    with queue.steps():
+        for refused in (lambda: ones * ones.sum().item(), lambda: ones + ones.to("cpu").to(DEVICE), waits_unseen):
+            with pytest.raises(RuntimeError):
+                queue.record(refused)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        recording = queue.record(lambda: ones + 1)
+        ones.fill_(2)
+        recording.replay()
+
+    torch.cuda.synchronize()
+    assert recording.output.tolist() == [3] * 4
+    assert torch.cuda.get_sync_debug_mode() == 0

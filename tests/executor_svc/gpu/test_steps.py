@@ -11,6 +11,7 @@ from executor_svc.gpu.input_buffer import InputBuffer, StepShape
 from executor_svc.gpu.inputs import inputs_of
 from executor_svc.gpu.queue import HostQueue
 from executor_svc.gpu.steps import DeviceSteps, StepLimits, decode_sizes, shapes_to_record
+from executor_svc.gpu.triton_attention import TritonAttention
 from executor_svc.kv_cache import PagedPool
 from executor_svc.layer_groups import FULL
 from executor_svc.pool_geometry import LayerShape, plan_pool
@@ -266,6 +267,8 @@ class BrokenMoment:
 class Echo:
     """A model whose next token is the one that it was given."""
 
+    attention = TritonAttention(torch.device("cpu"))
+
     def __init__(self):
         self.compute_count = 0
 
@@ -319,3 +322,13 @@ def test_what_cannot_be_recorded_is_launched(load_runner, monkeypatch):
     driven = [DrivenRequest([5, 6, 7], 2)]
     drive(runner, driven)
     assert driven[0].output_ids == generate(build_model("llama"), [5, 6, 7], 2)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_kernels_that_choose_tokens_are_compiled_before_the_first_request(load_runner, monkeypatch, graphs):
+    """Compiling takes seconds: in the first step that draws, every request on the executor would wait for it."""
+    drew = []
+    monkeypatch.setattr("executor_svc.gpu.steps.sample_rows", lambda *_, draws: drew.append(draws))
+    load(load_runner, "llama", graphs=graphs, max_num_seqs=2, max_num_batched_tokens=24)
+
+    assert True in drew
