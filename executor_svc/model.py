@@ -466,7 +466,10 @@ def _memory_for_each_weight() -> Iterator[None]:
     Transformers first takes memory for all of them in one piece, of which torch can give nothing back as long as one
     weight is in it: what is let go there, when fused steps join matrices, would be lost to the cache.
     """
-    before = modeling_utils.caching_allocator_warmup
+    before = getattr(modeling_utils, "caching_allocator_warmup", None)  # not public: a release may do without it
+    if before is None:
+        yield
+        return
     modeling_utils.caching_allocator_warmup = lambda *_: None
     try:
         yield
