@@ -66,9 +66,11 @@ class DeviceSteps:
 
         Nothing else does before the first request, and everybody would wait for the seconds that compiling takes.
         """
-        shape = StepShape(1, 1, 1, is_decode=True)
+        shape, groups = StepShape(1, 1, 1, is_decode=True), self._pool.geometry.groups
+        one = np.ones(1, dtype=np.int64)  # what plans on the host takes padding for a row that sees one token
         with torch.inference_mode(), self.queue.steps():
-            self._decode_inputs.fill(_empty_batch(len(self._pool.geometry.groups)), shape)
+            self._decode_inputs.fill(_empty_batch(len(groups)), shape)
+            self._model.attention.prepare(StepRows(one, one, [np.zeros((1, 1), dtype=np.int32)] * len(groups), groups))
             logits = self._forward(shape)
             chosen, finite = self._results[:, :1]
             sample_rows(logits, self._decode_inputs.sampling(1), chosen, finite, draws=True)
