@@ -19,7 +19,7 @@ from executor_svc.cache_home import default_cache_home
 log = structlog.get_logger()
 
 _SOURCES = Path(__file__).parent
-_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "triton")
+_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "triton", "flashinfer-python")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # a CPU does without Triton
+    except metadata.PackageNotFoundError:  # a CPU does without Triton, and most do without FlashInfer
         return ""
 
 

@@ -434,7 +434,7 @@ def _trial(run: Callable[[], _T]) -> _T:
     """Run a part of the self-test; whatever a model's own code raises there speaks against packed mode."""
     try:
         return run()
-    except (UnpackableError, MemoryError, torch.OutOfMemoryError):
+    except (UnpackableError, ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnpackableError(f"its own code fails there with {type(error).__name__}: {error}") from error
@@ -472,7 +472,7 @@ def _memory_for_each_weight() -> Iterator[None]:
     weight is in it: what is let go there, when fused steps join matrices, would be lost to the cache. So only that so
     much can be had is found out with it.
     """
-    take = modeling_utils.caching_allocator_warmup
+    take = getattr(modeling_utils, "caching_allocator_warmup", lambda *_: None)  # a release may do without it
 
     def take_and_give_back(*arguments: Any) -> None:
         take(*arguments)

@@ -20,7 +20,7 @@ from executor_svc.attention.backend import AttentionBackend, ScoreRule
 from executor_svc.attention.hook import AttentionCall, attention_by
 from executor_svc.attention.layout import KeySource, StepLayout
 from executor_svc.batch import IntArray
-from executor_svc.gpu.inputs import StepInputs, inputs_of
+from executor_svc.gpu.inputs import StepInputs, StepRows, inputs_of
 from executor_svc.gpu.packed_step import PackedStep, PackedStepCache, PagedAttention
 from executor_svc.kv_cache import PagedCache, PagedPool
 from executor_svc.layer_groups import Visibility, group_layers, trace_keys
@@ -73,7 +73,7 @@ class PackedModel:
         """
         self._model = model
         self._backend = backend
-        self._paged = paged
+        self.attention = paged
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.device: torch.device = model.device
         self.traits = _probe(model, self._forward, context_length)
@@ -81,13 +81,13 @@ class PackedModel:
     @property
     def reads_inputs(self) -> bool:
         """Whether steps can be computed from inputs on the device alone."""
-        return self._paged is not None and not self.traits.gathered
+        return self.attention is not None and not self.traits.gathered
 
     def compute(self, inputs: StepInputs, pool: PagedPool) -> torch.Tensor:
         """Queue a step; returns the logits of its sampled tokens, `[S, vocabulary]`."""
-        assert self._paged is not None, "this model was not given attention that reads inputs"
-        step = PackedStep(self._paged, pool, inputs, self.traits.sources, self.traits.visibility)
-        cache = PackedStepCache(self._paged, pool, inputs)
+        assert self.attention is not None, "this model was not given attention that reads inputs"
+        step = PackedStep(self.attention, pool, inputs, self.traits.sources, self.traits.visibility)
+        cache = PackedStepCache(self.attention, pool, inputs)
         with attention_by(step):
             return self._forward(inputs.token_ids, inputs.positions.unsqueeze(0), cache, inputs.sampled)
 
@@ -123,8 +123,9 @@ class PackedModel:
 
         The arguments are those of a `StepBatch`. What is returned may be overwritten by the next step.
         """
-        if self.reads_inputs:
+        if self.attention is not None and self.reads_inputs:
             groups, device = pool.geometry.groups, self.device
+            self.attention.prepare(StepRows(query_lengths, context_lengths, block_tables, groups))
             arrays = query_lengths, context_lengths, block_tables, token_ids, row_index
             return self.compute(inputs_of(*arrays, groups, device), pool)
         layout = self.layout(query_lengths, context_lengths, block_tables, pool)

@@ -189,7 +189,7 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
         return None
     if device.type == "cuda":
         _check_capability(name, device)
-    elif not os.environ.get("TRITON_INTERPRET"):
+    elif os.environ.get("TRITON_INTERPRET") != "1":
         raise ModelError(
             f"attention '{name}' needs a GPU, and the device is a CPU; leave --attention out, or set "
             "TRITON_INTERPRET=1 to try kernels out very slowly"
@@ -201,6 +201,10 @@ def paged_attention(name: str, device: torch.device) -> PagedAttention | None:
             f"attention '{name}' needs Triton, which is not installed: {error}; install the triton that belongs to "
             "this torch, or choose --attention torch"
         ) from error
+    if name == "flashinfer":
+        from executor_svc.gpu.flashinfer_attention import FlashInferAttention
+
+        return FlashInferAttention(device)
     return TritonAttention(device)
 
 
@@ -251,7 +255,7 @@ def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, 
     if config.graphs:
         try:
             steps.record(progress)
-        except torch.OutOfMemoryError:
+        except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001  whatever a model's own code does that cannot be recorded
             log.warning("steps are launched kernel by kernel: they cannot be recorded", reason=str(error))

@@ -41,6 +41,7 @@ ALLOWED = {
     },
     "executor_svc": {
         "common",
+        "flashinfer",
         "gguf",
         "google",
         "grpc",

@@ -26,6 +26,7 @@ def run(given: Given, tell: Tell) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "pytest", _FOLDER, *words],
         cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

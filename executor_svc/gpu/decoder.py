@@ -26,7 +26,7 @@ from executor_svc.decoder_parts import (
     parts_of,
     reason_against_parts,
 )
-from executor_svc.gpu.inputs import StepInputs, inputs_of
+from executor_svc.gpu.inputs import StepInputs, StepRows, inputs_of
 from executor_svc.gpu.layer_kernels import Norm, add_rms_norm, gated_product, rms_norm, rotate_and_store
 from executor_svc.gpu.packed_step import PagedAttention, key_source
 from executor_svc.kv_cache import PagedPool
@@ -92,7 +92,7 @@ class FusedDecoder:
         check_fused(model, traits)
         self.traits = traits
         self.device: torch.device = model.device
-        self._attention = attention
+        self.attention = attention
         self._dtype: torch.dtype = model.dtype
         with torch.inference_mode():
             rotations = Rotations(model, context_length, model.dtype)
@@ -139,8 +139,10 @@ class FusedDecoder:
 
         The arguments are those of a `StepBatch`.
         """
+        groups = pool.geometry.groups
+        self.attention.prepare(StepRows(query_lengths, context_lengths, block_tables, groups))
         arrays = query_lengths, context_lengths, block_tables, token_ids, row_index
-        return self.compute(inputs_of(*arrays, pool.geometry.groups, self.device), pool)
+        return self.compute(inputs_of(*arrays, groups, self.device), pool)
 
     def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The highest of each row of logits, NaN where one of them is, and its token."""
@@ -158,7 +160,7 @@ class FusedDecoder:
         where = key_source(pool, layer.number, self.traits.visibility[layer.number])
         rotation = self._rotations[layer.rotation]
         query = rotate_and_store(qkv, rotation, layer.head_norms, keys, values, inputs, where)
-        attended = self._attention.attend(query.transpose(0, 1), keys, values, inputs, where, layer.rule)
+        attended = self.attention.attend(query.transpose(0, 1), keys, values, inputs, where, layer.rule)
         return layer.out(attended.flatten(1))
 
 

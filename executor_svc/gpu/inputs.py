@@ -42,6 +42,35 @@ class StepInputs:
         return len(self.token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedRows:
+    """Rows of a recorded step, to which others are padded."""
+
+    row_count: int
+    block_limit: int  # of one row's blocks in one layer group
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one step as the host knows them before it is queued; the arrays are those of a `StepBatch`."""
+
+    query_lengths: IntArray  # [R]
+    context_lengths: IntArray  # [R]
+    block_tables: Sequence[NDArray[np.int32]]  # by layer group [R, W]
+    groups: tuple[LayerGroup, ...]
+    recorded: RecordedRows | None = None  # None: the step is launched kernel by kernel, as long as it is
+
+    @property
+    def padded_count(self) -> int:
+        """Rows, padding included."""
+        return len(self.context_lengths) if self.recorded is None else self.recorded.row_count
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has exactly one token."""
+        return bool((self.query_lengths == 1).all())
+
+
 def inputs_of(
     query_lengths: IntArray,  # [R]
     context_lengths: IntArray,  # [R]

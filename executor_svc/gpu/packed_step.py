@@ -10,13 +10,20 @@ from transformers.cache_utils import Cache
 from executor_svc.attention.backend import ScoreRule
 from executor_svc.attention.hook import AttentionCall
 from executor_svc.attention.layout import KeySource
-from executor_svc.gpu.inputs import StepInputs
+from executor_svc.gpu.inputs import StepInputs, StepRows
 from executor_svc.kv_cache import PagedPool
 from executor_svc.layer_groups import Visibility
 
 
 class PagedAttention(Protocol):
     """Attention that finds keys by the block tables of a step's inputs; nothing of it waits for the device."""
+
+    records_prompts: bool
+    """Whether steps with prompts in them can be recorded, as those that only decode can."""
+
+    def prepare(self, rows: StepRows) -> None:
+        """Plan on the host what `attend` needs in the step that is queued or replayed next, where that is queued."""
+        ...
 
     def store(
         self,

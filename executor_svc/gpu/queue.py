@@ -185,6 +185,11 @@ class _HostMoment:
         return self._at - earlier._at
 
 
+def moment_on(device: torch.device) -> Moment:
+    """The moment at which everything queued so far on the device's present stream has run."""
+    return _CudaMoment() if device.type == "cuda" else _HostMoment()
+
+
 def queue_for(device: torch.device) -> Queue:
     """The queue of a device."""
     return CudaQueue(device) if device.type == "cuda" else HostQueue(device)

@@ -13,7 +13,8 @@ import torch
 
 from executor_svc.batch import IntArray, SamplingBatch, StepBatch, StepError, StepOutput
 from executor_svc.gpu.input_buffer import InputBuffer, StepShape
-from executor_svc.gpu.inputs import StepInputs
+from executor_svc.gpu.inputs import RecordedRows, StepInputs, StepRows
+from executor_svc.gpu.packed_step import PagedAttention
 from executor_svc.gpu.queue import Moment, Queue, Recording
 from executor_svc.gpu.sampling import sample_rows
 from executor_svc.kv_cache import PagedPool
@@ -28,6 +29,8 @@ _MIXED_INTERVAL = 64
 
 class InputsModel(Protocol):
     """A model that computes from inputs on the device."""
+
+    attention: PagedAttention
 
     def compute(self, inputs: StepInputs, pool: PagedPool) -> torch.Tensor:
         """Queue a step; returns the logits of its sampled tokens, `[S, vocabulary]`, once it has run."""
@@ -75,12 +78,15 @@ class DeviceSteps:
 
         Whatever cannot be recorded raises; what was recorded before is used all the same.
         """
-        shapes = list(shapes_to_record(self._limits))
+        records_prompts = self._model.attention.records_prompts
+        shapes = [shape for shape in shapes_to_record(self._limits) if shape.is_decode or records_prompts]
         for number, shape in enumerate(shapes):
             kind = "decoding" if shape.is_decode else "mixed"
             progress(f"recording {kind} steps of {shape.token_count} tokens", number / len(shapes))
             with torch.inference_mode(), self.queue.steps():
-                self._buffer(shape).fill(_empty_batch(len(self._pool.geometry.groups)), shape)
+                empty = _empty_batch(len(self._pool.geometry.groups))
+                self._buffer(shape).fill(empty, shape)
+                self._prepare(empty, self._recorded_rows(shape))
                 self._forward(shape)  # compiles and loads what it needs
                 self._recorded[shape] = self.queue.record(partial(self._forward, shape))
 
@@ -95,8 +101,9 @@ class DeviceSteps:
         with torch.inference_mode():
             buffer.fill(batch, shape)
             with self.queue.steps():
-                began = self.queue.mark()
                 recorded = self._recorded.get(shape)
+                self._prepare(batch, None if recorded is None else self._recorded_rows(shape))
+                began = self.queue.mark()
                 if recorded is not None:
                     recorded.replay()
                 logits = recorded.output if recorded is not None else self._forward(shape)
@@ -115,6 +122,13 @@ class DeviceSteps:
 
     def _buffer(self, shape: StepShape) -> InputBuffer:
         return self._decode_inputs if shape.is_decode else self._mixed_inputs
+
+    def _prepare(self, batch: StepBatch, recorded: RecordedRows | None) -> None:
+        arrays = batch.query_lengths, batch.context_lengths, batch.block_tables
+        self._model.attention.prepare(StepRows(*arrays, self._pool.geometry.groups, recorded))
+
+    def _recorded_rows(self, shape: StepShape) -> RecordedRows:
+        return RecordedRows(shape.row_count, self._limits.entry_count // self._limits.row_count)
 
     def _forward(self, shape: StepShape) -> torch.Tensor:
         inputs = self._buffer(shape).inputs(shape, self._results[0])

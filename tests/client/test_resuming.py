@@ -215,7 +215,8 @@ def test_the_time_out_ends_the_search_for_the_server(connect, server):
     server.stop()
     begun = time.monotonic()
 
-    with pytest.raises(TimedOut, match="after 1 token, then"):
+    # On a machine that is busy all of the time may be over before the first try to find it again.
+    with pytest.raises(TimedOut, match=r"after 1 token, then|1 token came, then"):
         next(stream)
     assert time.monotonic() - begun < 10
 

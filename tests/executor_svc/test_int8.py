@@ -120,7 +120,7 @@ def test_weights_of_the_files_are_rounded_once(tmp_path):
 
 def _files_of(folder):
     path = model_module.open_folder(folder).path
-    return path, model_module._load_config(path), CPU
+    return path, model_module.load_config(path), CPU
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ from executor_svc.gpu.input_buffer import InputBuffer, StepShape
 from executor_svc.gpu.inputs import inputs_of
 from executor_svc.gpu.queue import HostQueue
 from executor_svc.gpu.steps import DeviceSteps, StepLimits, decode_sizes, shapes_to_record
+from executor_svc.gpu.triton_attention import TritonAttention
 from executor_svc.kv_cache import PagedPool
 from executor_svc.layer_groups import FULL
 from executor_svc.pool_geometry import LayerShape, plan_pool
@@ -265,6 +266,8 @@ class BrokenMoment:
 
 class Echo:
     """A model whose next token is the one that it was given."""
+
+    attention = TritonAttention(torch.device("cpu"))
 
     def __init__(self):
         self.compute_count = 0
