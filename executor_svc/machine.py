@@ -18,6 +18,11 @@ def usable_core_count() -> int:
     return cores
 
 
+def has_nvidia_gpu() -> bool:
+    """Whether there is one, whatever torch makes of it."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def available_memory_bytes() -> int:
     """Memory the process can still take without swapping."""
     available = psutil.virtual_memory().available

@@ -9,7 +9,6 @@ import secrets
 import socket
 import threading
 import time
-from pathlib import Path
 
 import structlog
 
@@ -19,7 +18,7 @@ from common.processes import run_loop, stop_event
 from executor_svc.batch import Runner
 from executor_svc.config import ExecutorConfig, check_settings
 from executor_svc.executor import BrokenDeviceError, Executor
-from executor_svc.machine import process_age_s
+from executor_svc.machine import has_nvidia_gpu, process_age_s
 from executor_svc.membership import Membership, RefusedError
 from executor_svc.metrics import ExecutorMetrics
 from executor_svc.model_thread import ModelThread
@@ -76,8 +75,7 @@ def _begin_building(config: ExecutorConfig) -> None:
         with contextlib.suppress(NativeUnavailableError):
             library_path()
 
-    has_gpu = Path("/dev/nvidiactl").exists()
-    if config.native and (config.device == "cpu" or (config.device == "auto" and not has_gpu)):
+    if config.native and (config.device == "cpu" or (config.device == "auto" and not has_nvidia_gpu())):
         threading.Thread(target=build, name="native-build", daemon=True).start()
 
 

@@ -182,6 +182,11 @@ class _ModelFiles:
                     trust_remote_code=False,
                     **placed,
                 )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"there is no memory on '{device}' for the weights in '{self.path}': {str(error).partition('. ')[0]}; "
+                "end what else runs there, choose a smaller model or divide it with --tensor-parallel"
+            ) from error
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
@@ -464,17 +469,20 @@ def _memory_for_each_weight() -> Iterator[None]:
     """Let each weight have memory of its own on a GPU.
 
     Transformers first takes memory for all of them in one piece, of which torch can give nothing back as long as one
-    weight is in it: what is let go there, when fused steps join matrices, would be lost to the cache.
+    weight is in it: what is let go there, when fused steps join matrices, would be lost to the cache. So only that so
+    much can be had is found out with it.
     """
-    before = getattr(modeling_utils, "caching_allocator_warmup", None)  # not public: a release may do without it
-    if before is None:
-        yield
-        return
-    modeling_utils.caching_allocator_warmup = lambda *_: None
+    take = getattr(modeling_utils, "caching_allocator_warmup", lambda *_: None)  # a release may do without it
+
+    def take_and_give_back(*arguments: Any) -> None:
+        take(*arguments)
+        torch.cuda.empty_cache()
+
+    modeling_utils.caching_allocator_warmup = take_and_give_back
     try:
         yield
     finally:
-        modeling_utils.caching_allocator_warmup = before
+        modeling_utils.caching_allocator_warmup = take
 
 
 @contextmanager

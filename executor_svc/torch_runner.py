@@ -23,7 +23,7 @@ from executor_svc.config import ExecutorConfig
 from executor_svc.gpu.packed_step import PagedAttention
 from executor_svc.kept_checks import CheckFile, Checks, versions
 from executor_svc.kv_cache import PagedPool
-from executor_svc.machine import available_memory_bytes, usable_core_count
+from executor_svc.machine import available_memory_bytes, has_nvidia_gpu, usable_core_count
 from executor_svc.memory import trim
 from executor_svc.model import LoadedModel, ModelError, choose_device, choose_dtype, load_model, open_folder
 from executor_svc.native.build import library_key, processor
@@ -88,6 +88,11 @@ class TorchRunner:
             ModelError: the model or the settings cannot be served; the message says what to change.
         """
         device = choose_device(config.device)
+        if device.type == "cpu" and config.device == "auto" and has_nvidia_gpu():
+            way_out = "install a CUDA build of torch, or look whether CUDA_VISIBLE_DEVICES hides it"
+            log.warning(
+                "the CPU is used though there is a GPU: torch sees none", torch=torch.__version__, way_out=way_out
+            )
         with sole_start(device, progress):
             return cls._load(config, device, progress, group)
 

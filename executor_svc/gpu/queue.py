@@ -121,6 +121,7 @@ class CudaQueue:
             with suppress(RuntimeError, AttributeError):  # it has been told already, as it should have been
                 end = torch.cuda.memory._cuda_endAllocateToPool  # type: ignore[attr-defined]  # torch has no public one
                 end(torch.cuda.current_device(), self._pool)
+            self._pool = torch.cuda.graph_pool_handle()  # the allocator of pinned memory does not let go of the other
             raise
         return Recording(graph.replay, output)
 

@@ -62,18 +62,12 @@ class DeviceSteps:
         self._last_end: Moment | None = None
 
     def load_kernels(self) -> None:
-        """Have the kernels compiled and loaded that choose tokens, and those of a step of one row.
+        """Run a step of one row that draws, so that what it needs is compiled and loaded; call it before any other.
 
-        Nothing else does before the first request, and everybody would wait for the seconds that compiling takes.
+        Of the kernels that choose tokens nothing else does, and everybody would wait for the seconds that it takes.
         """
-        shape, groups = StepShape(1, 1, 1, is_decode=True), self._pool.geometry.groups
-        one = np.ones(1, dtype=np.int64)  # what plans on the host takes padding for a row that sees one token
-        with torch.inference_mode(), self.queue.steps():
-            self._decode_inputs.fill(_empty_batch(len(groups)), shape)
-            self._model.attention.prepare(StepRows(one, one, [np.zeros((1, 1), dtype=np.int32)] * len(groups), groups))
-            logits = self._forward(shape)
-            chosen, finite = self._results[:, :1]
-            sample_rows(logits, self._decode_inputs.sampling(1), chosen, finite, draws=True)
+        self.launch(_one_row(len(self._pool.geometry.groups)))
+        self._last_end = None  # nobody waits for a step yet
 
     def record(self, progress: Callable[[str, float], None]) -> None:
         """Record the shapes that steps are padded to, largest first, so that smaller ones fit into its memory.
@@ -234,4 +228,18 @@ def _empty_batch(group_count: int) -> StepBatch:
         context_lengths=none,
         block_tables=(np.zeros((0, 0), dtype=np.int32),) * group_count,
         sampling=SamplingBatch(none, numbers, none, numbers, numbers, none.astype(np.uint64), none, none),
+    )
+
+
+def _one_row(group_count: int) -> StepBatch:
+    """A first token, at the beginning of block 0, after which one is drawn."""
+    zero: IntArray = np.zeros(1, dtype=np.int64)
+    one = np.ones(1, dtype=np.float32)
+    return StepBatch(
+        slots=zero,
+        token_ids=zero,
+        query_lengths=zero + 1,
+        context_lengths=zero + 1,
+        block_tables=(np.zeros((1, 1), dtype=np.int32),) * group_count,
+        sampling=SamplingBatch(zero, one, zero, one, 0 * one, zero.astype(np.uint64), zero, zero),
     )

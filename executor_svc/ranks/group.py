@@ -132,6 +132,11 @@ def _usable_gpu_count(config: ExecutorConfig) -> int:
                 f"tensor parallel on the CPU, but this process sees {gpu_count} GPUs; "
                 "leave device at 'auto', or hide them with an empty CUDA_VISIBLE_DEVICES"
             )
+        if config.device == "auto":
+            raise ModelError(
+                f"tensor parallel {size} needs {size} GPUs, but this process sees none; install a CUDA build of torch, "
+                "or say device 'cpu' to try it out there"
+            )
         return 0
     if gpu_count < size:
         raise ModelError(

@@ -119,7 +119,7 @@ def test_refuses_a_model_that_ranks_cannot_share(tmp_path, settings, changes, me
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
-    assert re.search(message, refused(folder, **settings))
+    assert re.search(message, refused(folder, device="cpu", **settings))
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,13 @@ def test_refuses_a_model_that_ranks_cannot_share(tmp_path, settings, changes, me
         ),
         (2, {"device": "cuda:1"}, "takes the GPUs 0 to 1 of those that this process sees, but device is 'cuda:1'"),
         (2, {"device": "cpu"}, "tensor parallel on the CPU, but this process sees 2 GPUs"),
+        (0, {}, "tensor parallel 2 needs 2 GPUs, but this process sees none; install a CUDA build of torch, or say"),
     ],
 )
 def test_refuses_gpus_that_are_not_there(serving_folder, monkeypatch, gpu_count, settings, message):
     """The operator learns how many there are and how to choose among them."""
     folder = serving_folder("llama")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpu_count)
 
     assert message in refused(folder, **settings)
