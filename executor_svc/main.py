@@ -187,13 +187,14 @@ async def _serve(config: ExecutorConfig, runner: Runner, times: StartTimes) -> i
         cache_mib=info.cache_bytes // 2**20,
     )
     times.log()
-    exit_code = 0
+    exit_code, is_broken = 0, False
     try:
         await app.run(stopping)
     except (RefusedError, BrokenDeviceError) as error:
         log.error("the executor ends", reason=str(error))
-        exit_code = 1
+        exit_code, is_broken = 1, isinstance(error, BrokenDeviceError)
     has_ended = await asyncio.to_thread(app.join_thread)
-    if not has_ended or info.device_count > 1:
-        os._exit(exit_code)  # a stuck device never gives its thread back, nor NCCL a process that others still expect
+    if not has_ended or is_broken or info.device_count > 1:
+        # A stuck device never gives its thread back, a broken one its memory, nor NCCL a process that others expect.
+        os._exit(exit_code)
     return exit_code

@@ -93,8 +93,14 @@ class TorchRunner:
             log.warning(
                 "the CPU is used though there is a GPU: torch sees none", torch=torch.__version__, way_out=way_out
             )
-        with sole_start(device, progress):
-            return cls._load(config, device, progress, group)
+        try:
+            with sole_start(device, progress):
+                return cls._load(config, device, progress, group)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"the device has no memory for a start: {(str(error).splitlines() or [''])[0]}; free some, lower "
+                "max_num_batched_tokens, max_num_seqs or memory_utilization, or share the model between GPUs"
+            ) from error
 
     @classmethod
     def _load(

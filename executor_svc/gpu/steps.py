@@ -59,6 +59,7 @@ class DeviceSteps:
         self._results = torch.zeros(2, rows, dtype=torch.int64, device=queue.device)  # tokens; whether they may be used
         self._hosts = [queue.host_words(4 * rows).view(torch.int64).view(2, rows) for _ in range(_RESULTS_IN_FLIGHT)]
         self._recorded: dict[StepShape, Recording] = {}
+        self._logits: torch.Tensor | None = None  # [rows, vocabulary] of recorded steps
         self._last_end: Moment | None = None
 
     def load_kernels(self) -> None:
@@ -78,13 +79,13 @@ class DeviceSteps:
         shapes = [shape for shape in shapes_to_record(self._limits) if shape.is_decode or records_prompts]
         for number, shape in enumerate(shapes):
             kind = "decoding" if shape.is_decode else "mixed"
-            progress(f"recording {kind} steps of {shape.token_count} tokens", number / len(shapes))
+            progress(f"recording {kind} steps: {number + 1} of {len(shapes)} shapes", number / len(shapes))
             with torch.inference_mode(), self.queue.steps():
                 empty = _empty_batch(len(self._pool.geometry.groups))
                 self._buffer(shape).fill(empty, shape)
                 self._prepare(empty, self._recorded_rows(shape))
-                self._forward(shape)  # compiles and loads what it needs
-                self._recorded[shape] = self.queue.record(partial(self._forward, shape))
+                self._make_room(self._forward(shape))  # which compiles and loads what it needs
+                self._recorded[shape] = self.queue.record(partial(self._forward_in_place, shape))
 
     @property
     def recorded_count(self) -> int:
@@ -134,6 +135,17 @@ class DeviceSteps:
     def _forward(self, shape: StepShape) -> torch.Tensor:
         inputs = self._buffer(shape).inputs(shape, self._results[0])
         return self._model.compute(inputs, self._pool)
+
+    def _make_room(self, logits: torch.Tensor) -> None:
+        """Have a place where recorded steps leave logits like these: one for all, since a step's are read before the
+        next one's come.
+        """
+        if self._logits is None:
+            self._logits = logits.new_empty(self._limits.row_count, logits.shape[-1])
+
+    def _forward_in_place(self, shape: StepShape) -> torch.Tensor:
+        assert self._logits is not None
+        return self._logits[: shape.sampled_count].copy_(self._forward(shape))
 
     def _shape_of(self, batch: StepBatch) -> StepShape:
         """The smallest recorded shape that holds the step, or its own."""

@@ -38,7 +38,7 @@ class Limits:
     step_s: float = 300.0
     """Until a step has ended somewhere. The scheduler gives a stuck executor up long before, but may be gone."""
 
-    lag_s: float = 10.0
+    lag_s: float = 30.0
     """Until all have ended what one of them has ended: they end a step within milliseconds."""
 
 
