@@ -41,6 +41,11 @@ class Begun:
     launched: Launched
     prepare_s: float = 0.0  # in which the device had nothing else to do
     gap_s: float | None = None  # in which it did nothing since the step before, once it has ended and can tell
+    is_gone: NDArray[np.bool_] = field(init=False)  # rows of the batch whose slots were dropped after their end
+
+    def __post_init__(self) -> None:
+        """All rows are there."""
+        self.is_gone = np.zeros(len(self.batch.slots), dtype=bool)
 
     @property
     def keeps_tokens(self) -> bool:
@@ -110,16 +115,20 @@ class Executor:
                 return False
             before = self._in_flight[-1]
             dropped = read_array(plan.dropped_slots, "<u2")
+            dropped = dropped[dropped < len(self._slots.halted)]  # `begin` refuses the others
+            # Of what had ended before, nothing is awaited any more; what has not may still be owed a token.
+            is_owed = np.isin(before.batch.slots, dropped[~self._slots.halted[dropped]])
             return (
                 len(self._in_flight) > 1
                 or not before.keeps_tokens
                 or bool(plan.copies)
-                or bool(np.isin(dropped, before.batch.slots).any())
-                or (self._gives_blocks_back and self._takes_blocks(plan, before.batch))
+                or bool(is_owed.any())
+                or (self._gives_blocks_back and self._takes_blocks(plan, before.batch, dropped))
             )
 
-    def _takes_blocks(self, plan: pb.Plan, batch: StepBatch) -> bool:
+    def _takes_blocks(self, plan: pb.Plan, batch: StepBatch, dropped: IntArray) -> bool:
         """Whether it has blocks written that rows of this batch would have to read again, should one of them fail."""
+        batch = batch.part(np.flatnonzero(~np.isin(batch.slots, dropped)))
         groups = self._runner.info.layer_groups
         given = [read_block_ids(plan.appended_block_ids)]
         for request in plan.new_requests:
@@ -192,7 +201,9 @@ class Executor:
 
     def _take_in(self, begun: Begun, computed: _Computed) -> pb.StepResult:
         slots, sampled = self._slots, begun.rows[begun.samples]
-        slots.take_back(begun.batch, computed.failures)
+        in_vain = slots.halted[begun.batch.slots] & ~begun.is_gone
+        has_failed = np.isin(begun.batch.slots, list(computed.failures))
+        slots.take_back(begun.batch, in_vain, in_vain | has_failed)
         for slot, message in computed.failures.items():
             slots.fail(slot, message, out_of_memory=slot in computed.out_of_memory)
         tokens = computed.token_ids[sampled]
@@ -221,6 +232,10 @@ class Executor:
     def _drop(self, dropped: IntArray) -> None:
         """Empty slots, but keep what they have generated until that is acknowledged."""
         self._slots.require(dropped, occupied=True, act="dropped")
+        for begun in self._in_flight:
+            is_gone = np.isin(begun.batch.slots, dropped) & ~begun.is_gone
+            self._slots.take_back(begun.batch, is_gone, is_gone)
+            begun.is_gone |= is_gone
         for slot in dropped[self._slots.sampled_steps[dropped] > self._acknowledged_step].tolist():
             held = self._slots.held(slot)
             held.ClearField("slot")
@@ -295,7 +310,7 @@ class Executor:
         computed in vain.
         """
         computed = _Computed(np.full(self._runner.info.slot_count, -1, dtype=np.int64))
-        batch, goes_on = begun.batch, ~self._slots.halted[begun.batch.slots]
+        batch, goes_on = begun.batch, ~self._slots.halted[begun.batch.slots] & ~begun.is_gone
         try:
             output = begun.launched.result()
         except Exception as error:  # noqa: BLE001  it is told of the row that is at fault

@@ -1,7 +1,5 @@
 """What the executor knows of its requests: one entry of every array for each slot."""
 
-from collections.abc import Collection
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -216,11 +214,9 @@ class Slots:
         self.awaited_steps[awaited] = step
         self.last_token[awaited] = -1 - np.arange(len(awaited))
 
-    def take_back(self, batch: StepBatch, failures: Collection[int]) -> None:
-        """Some rows of a step did not count: those that had ended before it, and those that failed in it."""
-        in_vain = self.halted[batch.slots]
+    def take_back(self, batch: StepBatch, in_vain: NDArray[np.bool_], gave_nothing: NDArray[np.bool_]) -> None:
+        """Some rows of a step, `[R]`, were computed in vain, as they had ended before it; some gave no token."""
         self.computed[batch.slots[in_vain]] -= batch.query_lengths[in_vain]
-        gave_nothing = in_vain | np.isin(batch.slots, list(failures)) if failures else in_vain
         rows = batch.sampling.row_index
         self.output_count[batch.slots[rows[gave_nothing[rows]]]] -= 1
 

@@ -184,6 +184,40 @@ def test_a_row_that_ended_meanwhile_was_computed_in_vain(runner):
     assert ahead.inventory() == by_step.inventory()
 
 
+def test_a_slot_whose_request_ended_is_given_away_while_a_step_still_computes_it(runner):
+    """Whenever a request ends the device would else wait for its host, with all other requests."""
+    runner.may_end.set()
+    said, block_ids = next_token([1]), [0, 1]
+    plans = [
+        first_plan(start(0, [1], block_ids, stops=[said]), start(1, [2], [2, 3])),
+        decode(2, 2),
+        decode(
+            3,
+            2,
+            dropped_slots=u16(0),
+            new_requests=[start(0, [9], block_ids)],
+            chunk_slots=u16(0),
+            chunk_token_counts=u32(1),
+        ),
+        decode(4, 2),
+    ]
+    ahead, by_step = Executor(runner), Executor(GatedRunner())
+    by_step._runner.may_end.set()
+
+    begun = [ahead.begin(plan) for plan in plans[:2]]
+    results = [ahead.finish(begun[0])]
+    assert not ahead.has_to_wait(plans[2])
+    begun.append(ahead.begin(plans[2]))
+    results.append(ahead.finish(begun[1]))
+    begun.append(ahead.begin(plans[3]))
+    results += [ahead.finish(step) for step in begun[2:]]
+
+    assert [tokens_of(result) for result in results] == [tokens_of(by_step.execute(plan)) for plan in plans]
+    assert tokens_of(results[1])[0] == -1
+    assert tokens_of(results[2])[0] == next_token([9])
+    assert ahead.inventory() == by_step.inventory()
+
+
 def test_the_step_after_one_that_failed_is_run_again(runner):
     """It went on from a token that was wrong; the rows that did not fail must not notice."""
     runner.may_end.set()
