@@ -44,6 +44,7 @@ from executor_svc.sole_start import sole_start
 from executor_svc.start_times import Progress
 
 if TYPE_CHECKING:  # kernels need Triton, which a CPU can do without
+    from executor_svc.gpu.input_buffer import StepShape
     from executor_svc.gpu.steps import DeviceSteps
 
 log = structlog.get_logger()
@@ -133,20 +134,22 @@ class TorchRunner:
             group.size if group else 1,
         )
         available = available_memory_bytes()  # as long as no step has run, whether the largest one does now or did then
-        step_bytes = _step_bytes(loaded, config, kept, check_file, progress) + _recorded_bytes(loaded, config, progress)
+        hides_launches: dict[StepShape, bool] = {}
+        step_bytes = _step_bytes(loaded, config, kept, check_file, progress)
+        step_bytes += _recorded_bytes(loaded, config, progress, hides_launches)
         progress("making the cache", 0.85)
-        budget = config.cache_memory_bytes or (
-            host_cache_budget(available, step_bytes)
-            if device.type == "cpu"
-            else device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
-        )
+        if device.type == "cpu":
+            budget = host_cache_budget(available, step_bytes)
+        else:
+            budget = device_cache_budget(device, config.memory_utilization, taken_at_start, step_bytes)
         geometry = loaded.steps.traits.geometry(config.block_size)
-        count = block_count(loaded, geometry, config, budget)
+        count = block_count(loaded, geometry, config, config.cache_memory_bytes or budget)
         if group:
             count = group.least(count)  # a block is in the caches of all ranks
         pool = _pool(loaded, geometry, count)
         told = _within(progress, 0.87, 1.0)
-        device_steps = _device_steps(loaded, pool, config, told) if loaded.steps.reads_inputs else None
+        reads_inputs = loaded.steps.reads_inputs
+        device_steps = _device_steps(loaded, pool, config, told, hides_launches) if reads_inputs else None
         trim()
         progress("ready", 1.0)
         return cls(loaded, pool, config, device_steps)
@@ -244,7 +247,9 @@ def _check_capability(name: str, device: torch.device) -> None:
         )
 
 
-def _recorded_bytes(loaded: LoadedModel, config: ExecutorConfig, progress: Progress) -> int:
+def _recorded_bytes(
+    loaded: LoadedModel, config: ExecutorConfig, progress: Progress, hides_launches: dict[StepShape, bool]
+) -> int:
     """What recorded steps take on a GPU beside the memory of those that are launched: found over a cache of one block.
 
     What kernels take once they are compiled and loaded, which the first start does here, stays taken and is not in it.
@@ -252,7 +257,7 @@ def _recorded_bytes(loaded: LoadedModel, config: ExecutorConfig, progress: Progr
     if not loaded.steps.reads_inputs:
         return 0
     told, trial = _within(progress, 0.72, 0.85), _pool(loaded, loaded.steps.traits.geometry(config.block_size), 1)
-    return bytes_kept_by(loaded.steps.device, lambda: _device_steps(loaded, trial, config, told))
+    return bytes_kept_by(loaded.steps.device, lambda: _device_steps(loaded, trial, config, told, hides_launches))
 
 
 def _within(progress: Progress, start: float, end: float) -> Progress:
@@ -264,15 +269,21 @@ def _pool(loaded: LoadedModel, geometry: PoolGeometry, count: int) -> PagedPool:
     return PagedPool(geometry, count, loaded.steps.traits.cache_dtype, loaded.steps.device)
 
 
-def _device_steps(loaded: LoadedModel, pool: PagedPool, config: ExecutorConfig, progress: Progress) -> DeviceSteps:
-    """Steps over `pool`, recorded where that is wanted and can be done."""
+def _device_steps(
+    loaded: LoadedModel,
+    pool: PagedPool,
+    config: ExecutorConfig,
+    progress: Progress,
+    hides_launches: dict[StepShape, bool],
+) -> DeviceSteps:
+    """Steps over `pool`, recorded where that is wanted and can be done; see `DeviceSteps` for `hides_launches`."""
     from executor_svc.gpu.queue import queue_for
     from executor_svc.gpu.steps import DeviceSteps, InputsModel, StepLimits
 
     entries = sum(-(-loaded.context_length // group.block_size) for group in pool.geometry.groups)
     limits = StepLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_num_seqs * entries)
     model = cast(InputsModel, loaded.steps)  # it reads inputs: whoever calls this has asked
-    steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device))
+    steps = DeviceSteps(model, pool, limits, queue_for(loaded.steps.device), hides_launches)
     if loaded.steps.device.type == "cuda":
         torch.cuda.synchronize(loaded.steps.device)  # steps run on streams of their own, which wait for nothing of this
     steps.load_kernels()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -23,8 +24,10 @@ log = structlog.get_logger()
 
 _RESULTS_IN_FLIGHT = 4  # two steps on their way, one whose result is just being read, and one to spare
 _FINELY_RECORDED = 64  # rows up to which decoding steps are recorded in small intervals
-_MOST_MIXED_TOKENS = 512  # of a recorded step with prompts in it: longer ones take longer than launching them
-_MIXED_INTERVAL = 64
+_MIXED_INTERVAL = 64  # tokens between the sizes of recorded steps with prompts in them
+_WIDE_FROM = 512  # tokens from which on the interval is wider, and only what is launched slowly is recorded
+_WIDE_INTERVAL = 256
+_HIDDEN = 1.5  # so many times as long as its launches a step may take to be recorded: else they are hidden behind it
 
 
 class InputsModel(Protocol):
@@ -49,8 +52,20 @@ class StepLimits:
 class DeviceSteps:
     """Runs steps in the order in which they are launched; each finds the tokens of the one before on the device."""
 
-    def __init__(self, model: InputsModel, pool: PagedPool, limits: StepLimits, queue: Queue) -> None:
-        """Record nothing yet: every step is launched kernel by kernel."""
+    def __init__(
+        self,
+        model: InputsModel,
+        pool: PagedPool,
+        limits: StepLimits,
+        queue: Queue,
+        hides_launches: dict[StepShape, bool] | None = None,
+    ) -> None:
+        """Record nothing yet: every step is launched kernel by kernel.
+
+        `hides_launches` is what is known of large shapes, and is added to: another one that records the same must not
+        find otherwise, or it would take other memory.
+        """
+        self._known_to_hide = {} if hides_launches is None else hides_launches
         self._model, self._pool, self._limits, self.queue = model, pool, limits, queue
         groups = pool.geometry.groups
         rows, tokens, entries = limits.row_count, limits.token_count, limits.entry_count
@@ -85,6 +100,8 @@ class DeviceSteps:
                 self._buffer(shape).fill(empty, shape)
                 self._prepare(empty, self._recorded_rows(shape))
                 self._make_room(self._forward(shape))  # which compiles and loads what it needs
+                if shape.token_count > _WIDE_FROM and self._hides_launches(shape):
+                    continue
                 self._recorded[shape] = self.queue.record(partial(self._forward_in_place, shape))
 
     @property
@@ -136,6 +153,19 @@ class DeviceSteps:
         inputs = self._buffer(shape).inputs(shape, self._results[0])
         return self._model.compute(inputs, self._pool)
 
+    def _hides_launches(self, shape: StepShape) -> bool:
+        """Whether the device works on a step for so long that launching its kernels one by one costs nothing."""
+        if shape in self._known_to_hide:
+            return self._known_to_hide[shape]
+        self.queue.mark().await_on_host()
+        began, at = self.queue.mark(), perf_counter()
+        self._forward(shape)
+        launched_s = perf_counter() - at
+        ended = self.queue.mark()
+        ended.await_on_host()
+        self._known_to_hide[shape] = ended.seconds_since(began) > _HIDDEN * launched_s
+        return self._known_to_hide[shape]
+
     def _make_room(self, logits: torch.Tensor) -> None:
         """Have a place where recorded steps leave logits like these: one for all, since a step's are read before the
         next one's come.
@@ -156,10 +186,11 @@ class DeviceSteps:
 
 
 def shapes_to_record(limits: StepLimits) -> Iterator[StepShape]:
-    """Shapes for all steps but those with long prompts, largest first."""
-    rows = limits.row_count
-    for tokens in range(min(_MOST_MIXED_TOKENS, limits.token_count) // _MIXED_INTERVAL, 0, -1):
-        yield StepShape(rows, tokens * _MIXED_INTERVAL, rows, is_decode=False)
+    """Shapes for all steps, largest first; those of many tokens need be recorded only where that pays."""
+    rows, most = limits.row_count, limits.token_count
+    narrow = range(_MIXED_INTERVAL, min(most, _WIDE_FROM) + 1, _MIXED_INTERVAL)
+    for tokens in reversed([*narrow, *range(_WIDE_FROM + _WIDE_INTERVAL, most + 1, _WIDE_INTERVAL)]):
+        yield StepShape(rows, tokens, rows, is_decode=False)
     for count in reversed(decode_sizes(rows)):
         yield StepShape(count, count, count, is_decode=True)
 

@@ -9,9 +9,9 @@ import pytest
 triton = pytest.importorskip("triton")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def short_self_test() -> Iterator[None]:
-    """A start tests fewer tokens; the tests themselves compare with transformers."""
+    """A start tests fewer tokens; the tests themselves compare with transformers. Those of other packages must not."""
     schedule = ((5, 4), (3, 1), (1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("executor_svc.self_test._SCHEDULE", schedule)
@@ -19,7 +19,7 @@ def short_self_test() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def quick_interpreter() -> Iterator[None]:
     """Triton's interpreter prepares its language anew for every function that a kernel calls: most of its time."""
     from triton.runtime import interpreter

@@ -181,9 +181,9 @@ def test_no_decoding_step_is_padded_by_more_than_a_third(most):
 
 def test_large_shapes_are_recorded_first():
     """Smaller ones then fit into the memory of those; the other way round each would take its own."""
-    shapes = list(shapes_to_record(StepLimits(row_count=64, token_count=512, entry_count=1)))
+    shapes = list(shapes_to_record(StepLimits(row_count=64, token_count=1100, entry_count=1)))
 
-    assert [s.token_count for s in shapes if not s.is_decode] == list(range(512, 0, -64))
+    assert [s.token_count for s in shapes if not s.is_decode] == [1024, 768, *range(512, 0, -64)]
     assert [s.token_count for s in shapes if s.is_decode] == [64, 56, 48, 40, 32, 24, 16, 8, 4, 2, 1]
 
 
@@ -284,10 +284,10 @@ class RefusingQueue(HostQueue):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def echo_steps(queue) -> DeviceSteps:
+def echo_steps(queue, token_count: int = 8) -> DeviceSteps:
     geometry = plan_pool({0: LayerShape(1, 4, 1, 4)}, {FULL: [0]}, 4)
     pool = PagedPool(geometry, 8, torch.float32, torch.device("cpu"))
-    return DeviceSteps(Echo(), pool, StepLimits(4, 8, 64), queue)
+    return DeviceSteps(Echo(), pool, StepLimits(4, token_count, 64), queue)
 
 
 def one_row(token: int) -> StepBatch:
@@ -311,6 +311,27 @@ def test_results_are_kept_until_they_are_read():
     launched = [steps.launch(one_row(token)) for token in (5, 6, 7)]
 
     assert [step.result().token_ids.tolist() for step in launched] == [[5], [6], [7]]
+
+
+class SlowDevice(HostQueue):
+    """Works on every step for a minute."""
+
+    def mark(self):
+        moment = super().mark()
+        moment.seconds_since = lambda earlier: 60.0
+        return moment
+
+
+@pytest.mark.parametrize(("queue", "recorded"), [(HostQueue(), {768, 512}), (SlowDevice(), {512})])
+def test_large_steps_are_recorded_where_launching_takes_as_long_as_they_do(monkeypatch, queue, recorded):
+    """A small model computes a large step sooner than its kernels are launched; of a large one that is hidden, and
+    padding the step would only make it longer.
+    """
+    monkeypatch.setattr("executor_svc.gpu.steps._MIXED_INTERVAL", 512)
+    steps = echo_steps(queue, token_count=800)
+    steps.record(lambda phase, share: None)
+
+    assert {shape.token_count for shape in steps._recorded if not shape.is_decode} == recorded
 
 
 def test_what_cannot_be_recorded_is_launched(load_runner, monkeypatch):
