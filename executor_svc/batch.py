@@ -69,6 +69,12 @@ class StepBatch:
     block_tables: tuple[NDArray[np.int32], ...]  # by layer group [R, W]; see `NO_BLOCK`; entries past the end are 0
     sampling: SamplingBatch
 
+    @property
+    def sampled_tokens(self) -> IntArray:
+        """Which of the step's tokens give logits, `[S]`."""
+        last_token: IntArray = np.cumsum(self.query_lengths) - 1
+        return last_token[self.sampling.row_index]
+
     def known(self, before: IntArray) -> StepBatch:
         """The same once the tokens of the batch `before` are known, `[S]` of its sampling rows."""
         is_late = self.token_ids < 0

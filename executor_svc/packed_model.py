@@ -133,11 +133,6 @@ class PackedModel:
         with attention_by(step):
             return self._forward(token_ids, layout.position_ids, PagedCache(pool, layout), row_index)
 
-    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The highest of each row of logits, NaN where one of them is, and its token."""
-        best, tokens = logits.max(dim=-1)
-        return best, tokens
-
     def _forward(
         self, token_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache, row_index: torch.Tensor
     ) -> torch.Tensor:

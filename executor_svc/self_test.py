@@ -41,10 +41,6 @@ class StepModel(Protocol):
         """
         ...
 
-    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The highest of each row of logits, NaN where one of them is, and its token."""
-        ...
-
 
 BlockTables = NDArray[np.int32]  # [rows, blocks]
 

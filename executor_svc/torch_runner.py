@@ -164,7 +164,7 @@ class TorchRunner:
         if self._device_steps is not None:
             return self._device_steps.launch(batch)
         if isinstance(self._model, NativeDecoder):
-            given = (*_lengths_and_tables(batch), batch.token_ids, self._pool, _sampled_tokens(batch))
+            given = (*_lengths_and_tables(batch), batch.token_ids, self._pool, batch.sampled_tokens)
             with torch.inference_mode():
                 run = self._model.launch(*given)
             return _OnItsWay(run, batch, self._sample)
@@ -184,7 +184,8 @@ class TorchRunner:
             if logits.is_cuda:
                 torch.cuda.synchronize(logits.device)  # or the forward pass would be timed as sampling
             forward_done = perf_counter()
-            token_ids = self._sample(logits, self._model.likeliest(logits), batch)
+            highest, likeliest = logits.max(dim=-1)  # NaN where one of a row is
+            token_ids = self._sample(logits, (highest, likeliest), batch)
         return StepOutput(token_ids, forward_done - started, perf_counter() - forward_done)
 
     def check_device(self) -> None:
@@ -375,16 +376,10 @@ def _lengths_and_tables(batch: StepBatch) -> tuple[IntArray, IntArray, tuple[NDA
     return batch.query_lengths, batch.context_lengths, batch.block_tables
 
 
-def _sampled_tokens(batch: StepBatch) -> IntArray:
-    """Which of the step's tokens give logits."""
-    last_token: IntArray = np.cumsum(batch.query_lengths) - 1
-    return last_token[batch.sampling.row_index]
-
-
 def _forward(model: StepModel, pool: PagedPool, batch: StepBatch) -> torch.Tensor:
     """Compute the step and return the logits of its sampling rows, `[S, vocabulary]`."""
     token_ids = torch.from_numpy(np.ascontiguousarray(batch.token_ids)).to(model.device)
-    row_index = torch.from_numpy(_sampled_tokens(batch)).to(model.device)
+    row_index = torch.from_numpy(batch.sampled_tokens).to(model.device)
     return model.step(*_lengths_and_tables(batch), token_ids, pool, row_index)
 
 

@@ -1,7 +1,7 @@
 """A transformers model whose layers run as a few kernels each: matrix products of torch, and our own between them.
 
 What is taken apart is what `decoder_parts` knows; what comes of it is what `PackedModel` gives. A layer of Llama's kind
-is nine launches instead of some forty-five, each of which would read and write all that it works on.
+is ten launches instead of some forty (of torch's operations, counted), each of which reads and writes all it works on.
 """
 
 from __future__ import annotations
@@ -143,11 +143,6 @@ class FusedDecoder:
         self.attention.prepare(StepRows(query_lengths, context_lengths, block_tables, groups))
         arrays = query_lengths, context_lengths, block_tables, token_ids, row_index
         return self.compute(inputs_of(*arrays, groups, self.device), pool)
-
-    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The highest of each row of logits, NaN where one of them is, and its token."""
-        best, tokens = logits.max(dim=-1)
-        return best, tokens
 
     def _attend(self, layer: _Layer, x: torch.Tensor, inputs: StepInputs, pool: PagedPool) -> torch.Tensor:
         qkv = layer.qkv(x)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from executor_svc.batch import IntArray, LayerGroup, StepBatch
+from executor_svc.batch import LayerGroup, StepBatch
 from executor_svc.gpu.inputs import StepInputs, flat_tables
 from executor_svc.gpu.queue import Moment, Queue
 from executor_svc.gpu.sampling import SamplingParameters
@@ -159,7 +159,7 @@ def _row_fields(batch: StepBatch, shape: StepShape) -> _Fields:
         "token_ids": (batch.token_ids, 0, shape.token_count),
         "rows": (rows, -1, shape.token_count),
         "positions": (positions, 0, shape.token_count),
-        "sampled": (sampled_tokens(batch), 0, shape.sampled_count),
+        "sampled": (batch.sampled_tokens, 0, shape.sampled_count),
     }
 
 
@@ -173,9 +173,3 @@ def _sampling_fields(batch: StepBatch, count: int) -> _Fields:
         "min_p": (sampling.min_p.view(np.int32), 0, count),
         "key": (keys.view(np.int32), 0, 2 * count),
     }
-
-
-def sampled_tokens(batch: StepBatch) -> IntArray:
-    """Which of the step's tokens give logits."""
-    last_token: IntArray = np.cumsum(batch.query_lengths) - 1
-    return last_token[batch.sampling.row_index]

@@ -15,6 +15,7 @@ _INTERPRETED_CORES = 8  # as if a device had so many: enough that long rows are 
 class TritonAttention:
     """`PagedAttention` on one device."""
 
+    store = staticmethod(store)
     records_prompts = True
 
     def __init__(self, device: torch.device) -> None:
@@ -25,18 +26,6 @@ class TritonAttention:
 
     def prepare(self, rows: StepRows) -> None:
         """There is nothing to plan: kernels see on the device how long rows are."""
-
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        inputs: StepInputs,
-        source: KeySource,
-    ) -> None:
-        """Write the keys and values of the step's tokens to their slots; those of padding nowhere."""
-        store(key, value, keys, values, inputs, source)
 
     def attend(
         self,
